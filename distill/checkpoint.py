@@ -1,0 +1,159 @@
+"""Checkpoints that are whole or absent: staged, flushed, marked complete, renamed; old ones pruned only after."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from distill.durable import staged_folder, sweep_temporaries
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+_NAME = re.compile(r"^step-(\d{9})$")
+_MARKER = "complete.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that does not fit what it is loaded into."""
+
+
+def save_checkpoint(
+    folder: Path, *, step: int, model: nn.Module, optimizer: Optimizer, meaning: str, scaler: Any = None, keep: int = 1
+) -> Path:
+    """Write ``folder/step-N`` whole, then prune to the newest ``keep``.
+
+    Args:
+        folder: where the run's checkpoints live.
+        step: steps done; the next one to run has this number.
+        model: all that trains, with its throw-away heads.
+        optimizer: its optimizer.
+        meaning: fingerprint of everything that decides the rest of the training; checked on load.
+        scaler: gradient scaler of fp16, where there is one.
+        keep: complete checkpoints left when done, this one counted.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep_temporaries(folder)
+    final = folder / f"step-{step:09d}"
+    with staged_folder(final) as staged:
+        _write(staged, model, optimizer, scaler)
+        hashes = {path.name: _hash(path) for path in sorted(staged.iterdir())}
+        (staged / _MARKER).write_text(json.dumps({"step": step, "meaning": meaning, "sha256": hashes}, indent=1))
+    _prune(folder, keep)
+    return final
+
+
+def _write(staged: Path, model: nn.Module, optimizer: Optimizer, scaler: Any) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.contiguous() for name, tensor in _named(model)}, staged / "model.safetensors")
+    torch.save(
+        {
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        },
+        staged / "trainer.pt",
+    )
+    (staged / "rng.json").write_text(json.dumps({"python": random.getstate(), "numpy": _numpy_state()}))
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint; torn and staged ones are passed over."""
+    if not folder.is_dir():
+        return None
+    found = sorted((path for path in folder.iterdir() if _NAME.match(path.name)), reverse=True)
+    return next((path for path in found if _is_complete(path)), None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Steps done at a checkpoint."""
+    return int(json.loads((checkpoint / _MARKER).read_text())["step"])
+
+
+def load_checkpoint(
+    checkpoint: Path, *, model: nn.Module, optimizer: Optimizer, meaning: str | None, scaler: Any = None
+) -> int:
+    """Restore everything a checkpoint holds; returns the steps done.
+
+    Args:
+        checkpoint: a folder from ``latest_checkpoint``.
+        model: as it was saved.
+        optimizer: as it was saved.
+        meaning: what the run means now; None takes a checkpoint of another run as a starting point.
+        scaler: gradient scaler of fp16, where there is one.
+
+    Raises:
+        CheckpointError: the run means something else than when the checkpoint was made.
+    """
+    import torch
+
+    marker = json.loads((checkpoint / _MARKER).read_text())
+    if meaning is not None and marker["meaning"] != meaning:
+        raise CheckpointError(
+            f"{checkpoint} was made by a run with other data, losses, scores or training settings; "
+            "give this run another name, or delete the folder to start again"
+        )
+    load_weights(checkpoint, model)
+    state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    if scaler is not None and state["scaler"] is not None:
+        scaler.load_state_dict(state["scaler"])
+    torch.set_rng_state(state["torch_rng"])
+    if state["cuda_rng"] and torch.cuda.is_available() and len(state["cuda_rng"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    _restore_host_rng(json.loads((checkpoint / "rng.json").read_text()))
+    return int(marker["step"])
+
+
+def load_weights(checkpoint: Path, model: nn.Module) -> None:
+    """The weights alone, for a model that is to be used rather than trained on."""
+    from safetensors.torch import load_file
+
+    model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+
+
+def _named(model: nn.Module) -> list[tuple[str, Any]]:
+    """Weights by name, shared storage written once a name (safetensors refuses aliases)."""
+    return [(name, tensor.detach().cpu().clone()) for name, tensor in model.state_dict().items()]
+
+
+def _numpy_state() -> dict[str, Any]:
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {"kind": kind, "keys": [int(key) for key in keys], "rest": [int(position), int(has_gauss), float(cached)]}
+
+
+def _restore_host_rng(state: dict[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    saved = state["numpy"]
+    np.random.set_state((saved["kind"], np.array(saved["keys"], dtype=np.uint32), *saved["rest"]))
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        marker = json.loads((checkpoint / _MARKER).read_text())
+        return all(_hash(checkpoint / name) == expected for name, expected in marker["sha256"].items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _prune(folder: Path, keep: int) -> None:
+    complete = sorted((path for path in folder.iterdir() if _NAME.match(path.name)), reverse=True)
+    for path in complete[max(1, keep) :]:
+        shutil.rmtree(path, ignore_errors=True)

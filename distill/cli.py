@@ -1,0 +1,208 @@
+"""The command line. Heavy libraries are imported inside the commands, so that help is quick."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from distill.experiment import Experiment
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Distil a fast dual-encoder retriever from a slow image-text cross-encoder.",
+)
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="a file, or the name of a shipped recipe")]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a value, e.g. --set train.lr=1e-4")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="go on with a run that was stopped")]
+
+
+@app.command()
+def run(recipe: RecipeName, overrides: Overrides = [], resume: Resume = False) -> None:  # noqa: B006  (typer copies it)
+    """The whole job: teach if need be, mine, score, train every arm, evaluate, compare."""
+    from distill.results import finish
+
+    finish(_begin(recipe, overrides, resume=resume))
+
+
+@app.command()
+def teach(recipe: RecipeName, overrides: Overrides = []) -> None:  # noqa: B006
+    """Train or fine-tune the teacher, and evaluate it by re-ranking its own shortlist on val."""
+    from distill.pipeline import taught_teacher
+    from distill.results import report_teacher
+
+    x = _open(recipe, overrides)
+    if x.recipe.teach is None:
+        raise typer.BadParameter(f"{recipe} has no teach: section, so there is nothing to teach")
+    folder = taught_teacher(x)
+    report_teacher(x, split="val" if "val" in x.corpus.splits else x.recipe.evaluate.split)
+    typer.echo(f"teacher: {folder}")
+
+
+@app.command()
+def data(recipe: RecipeName, overrides: Overrides = []) -> None:  # noqa: B006
+    """What the recipe's data holds: counts, splits, duplicates, unreadable files."""
+    from distill.data.summary import describe
+
+    typer.echo(describe(_open(recipe, overrides).corpus).render())
+
+
+@app.command()
+def mine(recipe: RecipeName, overrides: Overrides = []) -> None:  # noqa: B006
+    """The shared steps, then the first round's hard candidates."""
+    from distill.pipeline import first_candidates
+
+    for direction, found in first_candidates(_begin(recipe, overrides, resume=True)).items():
+        there = int((found.item_ids >= 0).sum())
+        typer.echo(f"{direction}: {there} candidates for {len(found.query_ids)} queries")
+
+
+@app.command()
+def score(recipe: RecipeName, overrides: Overrides = []) -> None:  # noqa: B006
+    """Ask the teacher for the scores of the first round's candidates; what the store has is not asked again."""
+    from distill.pipeline import first_scores
+
+    x = _begin(recipe, overrides, resume=True)
+    known = first_scores(x)
+    typer.echo(f"{len(known.keys)} pairs scored by {x.teacher.score_kind}; store: {x.store.folder}")
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    arm: Annotated[str, typer.Option("--arm", help="which of the recipe's arms; all when absent")] = "",
+    overrides: Overrides = [],  # noqa: B006
+    resume: Resume = False,
+) -> None:
+    """Train one arm or all, with what has to come before."""
+    from distill.pipeline import trained_arm
+
+    x = _begin(recipe, overrides, resume=resume)
+    if arm and arm not in x.recipe.arms:
+        raise typer.BadParameter(f"no arm {arm!r}; the recipe has {', '.join(x.recipe.arms)}", param_hint="--arm")
+    for name in [arm] if arm else list(x.recipe.arms):
+        typer.echo(f"{name}: {trained_arm(x, name)}")
+
+
+@app.command()
+def evaluate(recipe: RecipeName, overrides: Overrides = []) -> None:  # noqa: B006
+    """Evaluate the run's trained students and the teacher; writes the summary and the pictures."""
+    from distill.results import finish
+
+    x = _begin(recipe, overrides, resume=True)
+    missing = [name for name in x.recipe.arms if not (x.folder / "arms" / name / "student").is_dir()]
+    if missing:
+        raise typer.BadParameter(
+            f"{x.folder} lacks a trained student for {', '.join(missing)}: distill train {recipe} first"
+        )
+    finish(x)
+
+
+@app.command()
+def search(
+    run: Annotated[Path, typer.Argument(help="a run's folder, e.g. runs/quickstart")],
+    query: Annotated[str, typer.Argument(help="a sentence, or the path of a picture")],
+    arm: Annotated[str, typer.Option("--arm", help="whose student answers; the last arm when absent")] = "",
+    top: Annotated[int, typer.Option("--top", "-k", min=1, max=100, help="how many results")] = 10,
+    out: Annotated[Path | None, typer.Option("--out", help="PNG to write; in the run's folder when absent")] = None,
+) -> None:
+    """Search the run's test items with a student, and write a contact sheet."""
+    from distill.show import search as find
+
+    lines, sheet = find(_open(str(_recipe_of(run)), []), query, arm=arm, top=top, out=out)
+    typer.echo("\n".join(lines))
+    typer.echo(f"picture: {sheet}")
+
+
+@app.command()
+def recipes() -> None:
+    """The shipped recipes, with the comment each opens with."""
+    from distill.recipe.load import shipped_recipes
+
+    for name, path in shipped_recipes().items():
+        head = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+        typer.echo(f"{name}\n" + "".join(f"    {line}\n" for line in head[:6]))
+
+
+@app.command()
+def schema() -> None:
+    """JSON Schema of a recipe, for editors."""
+    from distill.recipe.experiment import Recipe
+
+    typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, devices and what is missing."""
+    from distill.doctor import diagnose
+
+    report = diagnose()
+    typer.echo(report.text)
+    raise typer.Exit(0 if report.healthy else 1)
+
+
+def main() -> None:
+    """Entry point. What the user can mend is one message and exit code 2; DISTILL_TRACEBACK=1 shows more."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "faiss", "datasets", "accelerate", "PIL"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        app()
+    except (ValueError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
+        if os.environ.get("DISTILL_TRACEBACK"):
+            raise
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(2) from None
+
+
+def _open(name: str, overrides: list[str]) -> Experiment:
+    """The experiment of a recipe, nothing made yet."""
+    from distill.experiment import Experiment
+    from distill.pipeline import taught_teacher
+    from distill.recipe.build import builders
+    from distill.recipe.load import load_recipe
+
+    _quieten_libraries()
+    recipe = load_recipe(name, overrides)
+    return Experiment(recipe, builders(recipe), taught=taught_teacher)
+
+
+def _recipe_of(run: Path) -> Path:
+    found = run / "recipe.yaml"
+    if not found.is_file():
+        raise FileNotFoundError(f"{run} is not a run's folder: it has no recipe.yaml; give one such as runs/quickstart")
+    return found
+
+
+def _begin(name: str, overrides: list[str], *, resume: bool) -> Experiment:
+    """The experiment of a recipe, checked as far as can be before any work, with its run folder claimed."""
+    from distill.preflight import check, claim
+
+    x = _open(name, overrides)
+    check(x)
+    claim(x, resume=resume)
+    return x
+
+
+def _quieten_libraries() -> None:
+    """Progress bars and notices of loading libraries would drown our own."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers fork after the tokenizer was used
+    from transformers.utils import logging as notices
+
+    notices.set_verbosity_error()
+    notices.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    main()

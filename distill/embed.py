@@ -1,0 +1,240 @@
+"""The embedding stage: where a model's inputs come from, and the vectors of many items.
+
+A source is any ``Callable[[Ids], Inputs]``. Three are made here, the cheapest that the model allows: outputs of a
+frozen tower kept on disk, prepared inputs kept on disk, or decoding and preparing every time.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from distill.features import Features, write_features
+from distill.inference import batches_of, device_of, evaluating, prefetched, threads_of, to_device
+from distill.progress import Progress
+from distill.protocols import Freezable, Ids, Inputs, fingerprint
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from torch import Tensor
+
+    from distill.data.corpus import Corpus
+    from distill.protocols import Image, Side, Student, Teacher
+
+_LOG = logging.getLogger(__name__)
+_NORM_TOLERANCE = 0.02  # half precision rounds a unit vector's length by up to half a percent
+_SHOWN = 5
+Vectors = np.ndarray[Any, np.dtype[np.float32]]
+Source = Callable[[Ids], Inputs]
+
+
+class NoContrastiveHeadError(ValueError):
+    """A teacher without vectors of its own was asked for them."""
+
+
+class Preparing(Protocol):
+    """What sources need of a model: students and teachers have it."""
+
+    def prepare_images(self, images: Sequence[Image]) -> Inputs: ...
+
+    def prepare_texts(self, texts: Sequence[str]) -> Inputs: ...
+
+
+@runtime_checkable
+class PreparesAlike(Protocol):
+    """A model whose preparation is a fixed function of the item, so that prepared inputs can be kept on disk."""
+
+    def prepare_identity(self, side: Side) -> str:
+        """Fingerprint of everything that ``prepare_images`` or ``prepare_texts`` depends on."""
+
+
+@dataclass(frozen=True)
+class LiveSource:
+    """Decodes and prepares items each time they are asked for. As picklable as the corpus and the model are."""
+
+    corpus: Corpus
+    side: Side
+    model: Preparing
+
+    def __call__(self, rows: Ids) -> Inputs:
+        """Prepared inputs of these rows of the corpus, in this order."""
+        if self.side == "image":
+            return self.model.prepare_images(self.corpus.load_images(rows))
+        return self.model.prepare_texts([self.corpus.texts[row] for row in rows.tolist()])
+
+    @property
+    def threads(self) -> int:
+        """How many threads may prepare at once: decoding pictures takes several, a tokenizer bears one."""
+        return min(4, os.cpu_count() or 1) if self.side == "image" else 1
+
+    def lengths(self, rows: Ids) -> Ids:
+        """How long each item is, for batches of like length: characters of a text; images are all alike."""
+        if self.side == "image":
+            return np.zeros(len(rows), np.int64)
+        return np.asarray([len(self.corpus.texts[row]) for row in rows.tolist()], np.int64)
+
+
+def live_source(corpus: Corpus, side: Side, model: Preparing) -> LiveSource:
+    """The source that keeps nothing."""
+    return LiveSource(corpus, side, model)
+
+
+def item_source(
+    corpus: Corpus,
+    side: Side,
+    model: Preparing,
+    cache_dir: str | Path,
+    *,
+    batch_size: int = 64,
+    prepared_budget_bytes: int = 8 << 30,
+    dtype: str | None = None,
+) -> LiveSource | Features:
+    """The cheapest source of a side's items for a model; what it computes is reused by every later run.
+
+    A frozen tower's outputs (``Freezable``), else prepared inputs where the model offers ``prepare_identity`` and the
+    whole side fits ``prepared_budget_bytes``, else live. Files go to ``cache_dir/features``.
+
+    Args:
+        corpus: Where the items come from.
+        side: "image" or "text".
+        model: A student or a teacher.
+        cache_dir: Folder that holds the caches of all models and corpora.
+        batch_size: Items prepared, and run through a frozen tower, at a time.
+        prepared_budget_bytes: Most bytes on disk for one side's prepared inputs; frozen outputs are not bounded by it.
+        dtype: "float16" halves the bytes of a frozen tower's outputs, at half precision.
+    """
+    live = live_source(corpus, side, model)
+    rows = np.arange(corpus.n_images if side == "image" else corpus.n_texts, dtype=np.int64)
+    folder = Path(cache_dir) / "features"
+    if isinstance(model, Freezable) and (identity := model.frozen_identity(side)) is not None:
+        mark = fingerprint("frozen", side, identity, corpus.fingerprint, dtype)
+        folder, frozen = folder / f"frozen-{side}s-{mark}", _Frozen(model, side)
+        with evaluating(model):
+            return write_features(folder, mark, rows, live, batch_size=batch_size, dtype=dtype, after=frozen)
+    if not isinstance(model, PreparesAlike) or not _fits(live, rows, prepared_budget_bytes):
+        _LOG.info("%ss are prepared anew each time they are needed", side)
+        return live
+    mark = fingerprint("prepared", side, model.prepare_identity(side), corpus.fingerprint)
+    return write_features(folder / f"prepared-{side}s-{mark}", mark, rows, live, batch_size=batch_size)
+
+
+def embed(
+    student: Student,
+    source: Source,
+    rows: Ids,
+    side: Side,
+    *,
+    batch_size: int = 256,
+    device: torch.device | str | None = None,
+) -> Vectors:
+    """Unit vectors (N, D) of the rows by a student, in their order. ``device`` defaults to the student's.
+
+    Items of like length go into one batch where the source knows lengths.
+
+    Raises:
+        ValueError: a vector is not finite or not of unit length; names the rows.
+    """
+
+    def encode(inputs: Inputs) -> Tensor:
+        found = student(inputs, None).images if side == "image" else student(None, inputs).texts
+        if found is None:
+            raise ValueError(f"the student gave no {side} embeddings for {side} inputs")
+        return found
+
+    with evaluating(student):
+        return _embedded(encode, source, rows, f"embedding {side}s", (batch_size, device or device_of(student)))
+
+
+def embed_with_teacher(
+    teacher: Teacher,
+    source: Source,
+    rows: Ids,
+    side: Side,
+    *,
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+) -> Vectors:
+    """Unit vectors (N, D) of the teacher's own contrastive head, as ``embed``.
+
+    Raises:
+        NoContrastiveHeadError: the teacher's memory has no ``embedding``.
+        ValueError: a vector is faulty.
+    """
+    run = teacher.encode_images if side == "image" else teacher.encode_texts
+
+    def encode(inputs: Inputs) -> Tensor:
+        memory = run(inputs)
+        if "embedding" not in memory:
+            raise NoContrastiveHeadError(
+                f"this teacher has no contrastive head: its {side} memory holds {sorted(memory)}, no 'embedding'"
+            )
+        return memory["embedding"]
+
+    with evaluating(teacher):
+        return _embedded(encode, source, rows, f"teacher: {side}s", (batch_size, device or device_of(teacher)))
+
+
+def _embedded(
+    encode: Callable[[Inputs], Tensor],
+    source: Source,
+    rows: Ids,
+    label: str,
+    batching: tuple[int, torch.device | str | None],
+) -> Vectors:
+    rows = np.asarray(rows, np.int64)
+    batch_size, device = batching
+    lengths = getattr(source, "lengths", None)
+    order = np.arange(len(rows)) if lengths is None else np.argsort(lengths(rows), kind="stable")
+    vectors: Vectors | None = None
+    prepared = prefetched(lambda at: source(rows[at]), batches_of(order, batch_size), threads=threads_of(source))
+    with Progress(len(rows), label) as progress:
+        for places, inputs in prepared:
+            found = encode(to_device(inputs, device)).float().cpu().numpy()
+            _check_vectors(found, rows[places], label)
+            if vectors is None:
+                vectors = np.empty((len(rows), found.shape[1]), np.float32)
+            vectors[places] = found
+            progress.advance(len(places))
+    return np.empty((0, 0), np.float32) if vectors is None else vectors
+
+
+def _check_vectors(vectors: Vectors, rows: Ids, label: str) -> None:
+    if vectors.ndim != 2 or len(vectors) != len(rows):
+        raise ValueError(f"{label}: expected ({len(rows)}, D) vectors, got {vectors.shape}")
+    faulty = ~np.isfinite(vectors).all(axis=1)
+    fault = "are not finite"
+    if not faulty.any():
+        faulty = np.abs(np.linalg.norm(vectors, axis=1) - 1) > _NORM_TOLERANCE
+        fault = "are not of unit length"
+    if faulty.any():
+        raise ValueError(
+            f"{label}: {int(faulty.sum())} of {len(rows)} vectors {fault}, the first rows: "
+            f"{rows[faulty][:_SHOWN].tolist()}"
+        )
+
+
+def _fits(live: LiveSource, rows: Ids, budget_bytes: int) -> bool:
+    """Whether the prepared inputs of all rows would fit, judged by the first item."""
+    if not len(rows):
+        return False
+    inputs = live(rows[:1])
+    return sum(tensor.numel() * tensor.element_size() for tensor in inputs.values()) * len(rows) <= budget_bytes
+
+
+@dataclass(frozen=True)
+class _Frozen:
+    """A model's frozen tower as a function of prepared inputs."""
+
+    model: Freezable
+    side: Side
+
+    def __call__(self, inputs: Inputs) -> Inputs:
+        return self.model.freeze(self.side, to_device(inputs, device_of(self.model)))

@@ -1,0 +1,286 @@
+"""The stages of an experiment in order: teach, shared steps, then for each arm and round mine → score → train.
+
+Every stage keeps its result in the run's folder and returns it from there when it is asked for again, so a run that was
+killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from distill.batches import Batches, PairScores
+from distill.durable import staged_folder, write_atomically
+from distill.maps import PairMaps, write_maps
+from distill.protocols import DIRECTIONS, SIDES, Candidates, Direction, fingerprint
+from distill.sampler import BatchSampler, CandidateSampler
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from distill.experiment import Experiment
+    from distill.losses.combine import Weighted
+    from distill.train import Phase
+
+log = logging.getLogger(__name__)
+SHARED = "shared"
+DONE = "done.json"
+
+
+# --- teach ------------------------------------------------------------------------------------------------------------
+
+
+def taught_teacher(x: Experiment) -> Path:
+    """Folder of the taught teacher; teaches it where that has not been done."""
+    from distill.teach import TeachingError, teach
+
+    assert x.recipe.teach is not None
+    folder = x.folder / "teacher"
+    meaning = fingerprint(
+        x.corpus.fingerprint,
+        x.recipe.teacher.model_dump(mode="json", exclude={"score_kind", "enc_token"}),
+        x.recipe.teach.model_dump(mode="json"),
+        x.recipe.seed,
+    )
+    if (folder / DONE).is_file():
+        if json.loads((folder / DONE).read_text())["meaning"] != meaning:
+            raise TeachingError(
+                f"{folder} holds a teacher taught with other data or settings; give this run another name, delete "
+                f"the folder, or use it as it is: --set teacher.checkpoint={folder} --set teach=null"
+            )
+        return folder
+    teacher = x.untaught_teacher()
+    work = x.folder / "teach"
+    batches = Batches(
+        BatchSampler(x.corpus.split_pairs("train"), x.recipe.teach.batch_size, x.recipe.seed),
+        x.source(teacher, "image"),
+        x.source(teacher, "text"),
+        x.corpus.matches,
+    )
+    work.mkdir(parents=True, exist_ok=True)
+    teach(teacher, batches, x.teach_settings(), folder=work, accelerator=x.accelerator, meaning=meaning)
+    with staged_folder(folder) as staged:
+        teacher.save_pretrained(staged)
+        (staged / DONE).write_text(json.dumps({"meaning": meaning}))
+    return folder
+
+
+# --- shared steps and rounds --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Steps of one round."""
+
+    number: int  # 0 = the shared steps
+    start: int
+    stop: int
+
+
+def stretches(x: Experiment) -> list[Stretch]:
+    """The shared steps, then the rounds, evenly cut."""
+    train = x.recipe.train
+    shared = round(train.shared * train.steps)
+    cuts = [shared + round((train.steps - shared) * part / train.rounds) for part in range(train.rounds + 1)]
+    rounds = [Stretch(number + 1, cuts[number], cuts[number + 1]) for number in range(train.rounds)]
+    return [Stretch(0, 0, shared), *rounds]
+
+
+def shared_checkpoint(x: Experiment) -> Path | None:
+    """Checkpoint after the steps that all arms share; None when there are none."""
+    from distill.train import train
+
+    stretch = stretches(x)[0]
+    if stretch.stop == 0:
+        return None
+    folder = x.folder / SHARED
+    student = x.fresh_student()
+    losses = x.builders.losses(x.recipe.shared_losses)
+    phase = _phase(x, student, losses, stretch, recipe_of_losses=x.recipe.shared_losses)
+    return _unless_done(folder, stretch) or train(
+        student, phase, x.train_settings(), folder=folder, accelerator=x.accelerator
+    )
+
+
+def trained_arm(x: Experiment, name: str) -> Path:
+    """Folder of an arm's trained student."""
+    from distill.checkpoint import load_weights
+    from distill.train import train
+
+    arm, folder = x.recipe.arms[name], x.folder / "arms" / name
+    final = folder / "student"
+    if (final / DONE).is_file():
+        return final
+    losses = x.builders.losses(arm.losses)
+    checkpoint = shared_checkpoint(x)
+    student = x.fresh_student()
+    for stretch in stretches(x)[1:]:
+        reached = _unless_done(folder, stretch)
+        if reached is None:
+            if checkpoint is not None:
+                load_weights(checkpoint, student)
+            mined = candidates(x, stretch, student=student, folder=folder) if arm.uses_candidates else {}
+            phase = _phase(x, student, losses, stretch, recipe_of_losses=arm.losses, mined=mined, distils=arm.distils)
+            reached = train(
+                student, phase, x.train_settings(), folder=folder, accelerator=x.accelerator, start_from=checkpoint
+            )
+        checkpoint = reached
+    assert checkpoint is not None
+    load_weights(checkpoint, student)
+    with staged_folder(final) as staged:
+        student.save_pretrained(staged)
+        (staged / DONE).write_text(json.dumps({"arm": name}))
+    return final
+
+
+def _unless_done(folder: Path, stretch: Stretch) -> Path | None:
+    """The newest checkpoint where it is at or past the end of the stretch."""
+    from distill.checkpoint import latest_checkpoint, step_of
+
+    newest = latest_checkpoint(folder / "checkpoints")
+    return newest if newest is not None and step_of(newest) >= stretch.stop else None
+
+
+def _phase(
+    x: Experiment,
+    student: Any,
+    losses: Weighted,
+    stretch: Stretch,
+    *,
+    recipe_of_losses: Sequence[Any],
+    mined: Mapping[Direction, Candidates] | None = None,
+    distils: bool = False,
+) -> Phase:
+    from distill.train import Phase
+
+    mined = mined or {}
+    pairs = x.corpus.split_pairs("train")
+    known = scores_of(x, pairs, mined) if distils else None
+    per_query, seed = x.recipe.train.candidates_per_query, x.recipe.seed
+    wants_maps = "student_attention" in losses.needs
+    batches = Batches(
+        BatchSampler(pairs, x.recipe.train.batch_size, seed),
+        x.source(student, "image", tokens=wants_maps),
+        x.source(student, "text", tokens=wants_maps),
+        x.corpus.matches,
+        known,
+        tuple(CandidateSampler(found, per_query, seed) for found in mined.values()),
+        pair_maps(x, pairs) if wants_maps else None,
+    )
+    meaning = fingerprint(
+        x.corpus.fingerprint,
+        x.recipe.student.model_dump(mode="json"),
+        x.recipe.train.model_dump(mode="json", include=_MEANING_OF_TRAIN),
+        [part.model_dump(mode="json") for part in recipe_of_losses],
+        [seed, stretch.number, stretch.start, stretch.stop],
+        *(array for found in mined.values() for array in (found.query_ids, found.item_ids)),
+        *((known.keys, known.scores) if known is not None else ()),
+    )
+    return Phase(stretch.stop, batches, losses, meaning)
+
+
+_MEANING_OF_TRAIN = {
+    "steps",
+    "batch_size",
+    "lr",
+    "weight_decay",
+    "warmup",
+    "grad_clip",
+    "shared",
+    "rounds",
+    "candidates_per_query",
+    "precision",
+}
+
+
+# --- mine, score ------------------------------------------------------------------------------------------------------
+
+
+def candidates(x: Experiment, stretch: Stretch, *, student: Any, folder: Path) -> dict[Direction, Candidates]:
+    """A round's hard candidates in both directions; the shared student mines the first round's, once for all arms."""
+    home = x.folder / SHARED if stretch.number == 1 else folder
+    paths: dict[Direction, Path] = {d: home / f"candidates-{stretch.number}-{d}.npz" for d in DIRECTIONS}
+    if not all(path.is_file() for path in paths.values()):
+        for direction, found in _mine(x, student).items():
+            write_atomically(paths[direction], partial(_save, found))
+    return {direction: _load(path, direction) for direction, path in paths.items()}
+
+
+def _mine(x: Experiment, student: Any) -> dict[Direction, Candidates]:
+    from distill.filters import TeacherMargin
+    from distill.index import VectorIndex
+    from distill.mine import MineSettings, mine
+
+    split, recipe = x.corpus.split("train"), x.recipe.mine
+    ids = {"image": split.images, "text": split.texts}
+    vectors = {side: x.embed(student, side, ids[side]) for side in SIDES}
+    found: dict[Direction, Candidates] = {}
+    for direction in DIRECTIONS:
+        query, item = SIDES if direction == "i2t" else SIDES[::-1]
+        margin = recipe.drop_above_positive
+        found[direction] = mine(
+            VectorIndex.build(vectors[item], ids[item], factory=recipe.factory, nprobe=recipe.nprobe),
+            vectors[query],
+            query_ids=ids[query],
+            matches=x.corpus.matches,
+            direction=direction,
+            settings=MineSettings(recipe.k, skip_top=recipe.skip_top),
+            drop=None if margin is None else TeacherMargin(margin, x.ask, x.corpus.matches, direction),
+        )
+    return found
+
+
+def _save(found: Candidates, file: Any) -> None:
+    np.savez(
+        file, query_ids=found.query_ids, item_ids=found.item_ids, similarity=found.similarity, positive=found.positive
+    )
+
+
+def _load(path: Path, direction: Direction) -> Candidates:
+    with np.load(path, allow_pickle=False) as arrays:
+        return Candidates(direction, arrays["query_ids"], arrays["item_ids"], arrays["similarity"], arrays["positive"])
+
+
+def first_candidates(x: Experiment) -> dict[Direction, Candidates]:
+    """The first round's candidates, which all arms have in common."""
+    from distill.checkpoint import load_weights
+
+    student, checkpoint = x.fresh_student(), shared_checkpoint(x)
+    if checkpoint is not None:
+        load_weights(checkpoint, student)
+    return candidates(x, stretches(x)[1], student=student, folder=x.folder / SHARED)
+
+
+def first_scores(x: Experiment) -> PairScores:
+    """The teacher's scores of the first round."""
+    return scores_of(x, x.corpus.split_pairs("train"), first_candidates(x))
+
+
+def scores_of(x: Experiment, pairs: Any, mined: Mapping[Direction, Candidates]) -> PairScores:
+    """The teacher's scores of the labelled pairs and of every candidate; asks only for what the store lacks."""
+    images, texts = [pairs[:, 0]], [pairs[:, 1]]
+    for found in mined.values():
+        image_ids, text_ids = found.pairs()
+        images.append(image_ids)
+        texts.append(text_ids)
+    image_ids, text_ids = np.concatenate(images), np.concatenate(texts)
+    return PairScores.of(image_ids, text_ids, x.ask(image_ids, text_ids), x.corpus.n_texts)
+
+
+def pair_maps(x: Experiment, pairs: Any) -> PairMaps:
+    """The teacher's text→image attention on the labelled pairs, computed once and kept."""
+    return write_maps(
+        x.cache / "maps",
+        x.teacher,
+        pairs,
+        images=x.source(x.teacher, "image"),
+        texts=x.source(x.teacher, "text"),
+        corpus=x.corpus,
+        device=x.accelerator.device,
+    )

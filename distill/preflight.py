@@ -1,0 +1,161 @@
+"""What can be known to fail is refused before any work: sizes, what a loss needs, whose run folder this is."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from distill.durable import write_atomically
+from distill.protocols import DIRECTIONS, MapsTeacher, TeachableTeacher
+from distill.recipe.load import dump
+
+if TYPE_CHECKING:
+    from distill.experiment import Experiment
+
+log = logging.getLogger(__name__)
+# Keys whose value changes no result: a run may be gone on with under others.
+_FREE = {
+    "runs", "cache", "device", "prepared_gib", "score", "train.workers", "train.log_every", "train.checkpoint_every",
+    "train.keep_checkpoints", "train.trackers", "evaluate.batch_size",
+}  # fmt: skip
+
+
+class PreflightError(ValueError):
+    """A recipe that would fail later."""
+
+
+def check(x: Experiment) -> None:
+    """Refuse what cannot work, by sizes and by what the models can do.
+
+    Raises:
+        PreflightError: with the value, the limit and what to change.
+    """
+    _check_sizes(x)
+    _check_acceptance(x)
+    if any(arm.distils for arm in x.recipe.arms.values()) or x.recipe.teach is not None:
+        teacher = x.untaught_teacher()
+        if x.recipe.teach is not None and not isinstance(teacher, TeachableTeacher):
+            raise PreflightError(
+                f"teach: {type(teacher).__name__} cannot be taught: it has no contrastive and matching heads to train; "
+                "leave out the teach: section and give teacher.checkpoint"
+            )
+        if x.recipe.needs_maps:
+            _check_maps(x, teacher)
+
+
+def _check_sizes(x: Experiment) -> None:
+    from distill.mine import check_k
+
+    for name in {"train", x.recipe.evaluate.split}:
+        x.corpus.split(name)
+    train, matches = x.corpus.split("train"), x.corpus.matches
+    pairs = len(x.corpus.split_pairs("train"))
+    if pairs < x.recipe.train.batch_size:
+        raise PreflightError(
+            f"train.batch_size is {x.recipe.train.batch_size} but the training split has {pairs} pairs: "
+            f"lower it to at most {pairs}"
+        )
+    if x.recipe.teach is not None and pairs < x.recipe.teach.batch_size:
+        raise PreflightError(
+            f"teach.batch_size is {x.recipe.teach.batch_size} but the training split has {pairs} pairs: "
+            f"lower it to at most {pairs}"
+        )
+    if any(arm.uses_candidates for arm in x.recipe.arms.values()):
+        for direction in DIRECTIONS:
+            queries, items = (train.images, train.texts) if direction == "i2t" else (train.texts, train.images)
+            offsets, _ = matches.of(direction, queries)
+            most = int((offsets[1:] - offsets[:-1]).max())
+            try:
+                check_k(x.recipe.mine.k, len(items), most, skip_top=x.recipe.mine.skip_top)
+            except ValueError as error:
+                raise PreflightError(f"mine.k ({direction}): {error}") from None
+
+
+def _check_acceptance(x: Experiment) -> None:
+    kind = getattr(x.recipe.teacher, "score_kind", None)
+    for name, arm in x.recipe.arms.items():
+        for part in arm.losses:
+            if getattr(part, "accept", None) == "log_odds" and kind not in (None, "log_odds"):
+                raise PreflightError(
+                    f"arms.{name}: cprd accepts candidates by their log-odds, but teacher.score_kind is {kind}: "
+                    "set accept: margin, top or fraction, or teacher.score_kind: log_odds"
+                )
+
+
+def _check_maps(x: Experiment, teacher: Any) -> None:
+    arms = [name for name, arm in x.recipe.arms.items() if any(part.name == "attention" for part in arm.losses)]
+    where = f"arms.{arms[0]}: the attention loss"
+    if not isinstance(teacher, MapsTeacher):
+        raise PreflightError(
+            f"{where} reads the teacher's cross-attention, but {type(teacher).__name__} has no attention_maps: take "
+            "another loss, or a teacher with cross-attention (blip, fusion)"
+        )
+    try:
+        student = x.fresh_student()
+        grid = student.grid
+    except (ValueError, AttributeError) as error:
+        raise PreflightError(f"{where} needs the student's image grid and token states: {error}") from None
+    if tuple(grid) != tuple(teacher.grid):
+        raise PreflightError(
+            f"{where} compares maps cell by cell, but the teacher's image grid is {tuple(teacher.grid)} and the "
+            f"student's {tuple(grid)}: give both the same image size and patch size, or take another loss"
+        )
+    sample = [x.corpus.texts[int(row)] for row in x.corpus.split("train").texts[:32]]
+    theirs, ours = teacher.prepare_texts(sample)["input_ids"], student.prepare_texts(sample)["input_ids"]
+    width = min(theirs.shape[1], ours.shape[1])
+    if bool((theirs[:, :width] != ours[:, :width]).any()):
+        raise PreflightError(
+            f"{where} compares maps word by word, but teacher and student cut texts into different tokens: give both "
+            "the same tokenizer, or take another loss"
+        )
+
+
+def claim(x: Experiment, *, resume: bool) -> None:
+    """Take the run's folder: a new one, or with ``resume`` one that was begun with the same recipe.
+
+    Raises:
+        PreflightError: the folder holds a run already, or one that means something else (with the differing keys).
+    """
+    path = x.folder / "recipe.yaml"
+    text = dump(x.recipe)
+    if path.is_file():
+        if not resume:
+            raise PreflightError(
+                f"{x.folder} already holds a run: add --resume to go on with it, another name by --set name=..., "
+                "or delete the folder"
+            )
+        _check_same(yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(text), path)
+        log.info("resuming %s: finished stages are taken from there", x.folder)
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _check_same(old: Any, new: Any, path: Path) -> None:
+    before, after = _flat(old), _flat(new)
+    arms = set(old.get("arms", {}))
+    differing = [
+        key
+        for key in sorted(set(before) | set(after))
+        if before.get(key) != after.get(key)
+        and not any(key == free or key.startswith(f"{free}.") for free in _FREE)
+        and not (key.startswith("arms.") and key.split(".")[1] not in arms)  # a new arm joins the others
+    ]
+    if differing:
+        listed = "\n".join(f"  {key}: was {before.get(key)!r}, now {after.get(key)!r}" for key in differing[:12])
+        raise PreflightError(
+            f"{path} was begun with another recipe; a resumed run must mean the same:\n{listed}\n"
+            "put these back, or give this run another name with --set name=..."
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        pairs: dict[str, Any] = {}
+        for key, item in value.items():
+            pairs |= _flat(item, f"{prefix}{key}.")
+        return pairs
+    if isinstance(value, list):
+        return {prefix.rstrip("."): value}
+    return {prefix.rstrip("."): value}

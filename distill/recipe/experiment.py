@@ -1,0 +1,149 @@
+"""The whole recipe: data, models, losses, mining, training, evaluation, and where things go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from distill.recipe.losses import Contrastive, LossPart
+from distill.recipe.schema import (
+    Count,
+    Data,
+    Name,
+    Natural,
+    Positive,
+    Share,
+    Strict,
+    StudentRecipe,
+    TeacherRecipe,
+    TeachRecipe,
+)
+
+
+class MineRecipe(Strict):
+    """Which items count as a query's hard candidates."""
+
+    k: Count = Field(default=16, description="candidates a query that the teacher scores, in each direction")
+    skip_top: Natural = Field(default=0, description="leave out the n most similar non-matches: likely false negatives")
+    factory: str = Field(default="Flat", description="FAISS factory string, inner product")
+    nprobe: Count | None = None
+    drop_above_positive: float | None = Field(
+        default=None, description="drop candidates that the teacher scores above the positive by more than this margin"
+    )
+
+
+class ScoreRecipe(Strict):
+    """How the teacher is asked."""
+
+    pairs_per_unit: Count = Field(default=16_384, description="pairs of one work unit: what a kill can lose")
+    pairs_per_chunk: Count = Field(default=1024, description="pairs of one call of the teacher")
+
+
+class TrainRecipe(Strict):
+    """One student's training. Every arm gets the same steps, seed and batches."""
+
+    steps: Count = 1200
+    batch_size: Annotated[int, Field(ge=2)] = 128
+    lr: Positive = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    warmup: Share = Field(
+        default=0.05, description="share of the steps over which lr rises; then it follows a cosine to 0"
+    )
+    grad_clip: Positive = 1.0
+    shared: Share = Field(
+        default=0.3,
+        description="share of the steps, contrastive only, that all arms have in common and that mines first",
+    )
+    rounds: Count = Field(default=1, description="rounds of mine -> score -> train after the shared steps")
+    candidates_per_query: Count = Field(
+        default=4, description="of the k scored candidates, how many a step draws for each query"
+    )
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    workers: Natural = Field(default=0, description="loader processes; 0 = in the main one")
+    log_every: Count = 50
+    checkpoint_every: Count = 500
+    keep_checkpoints: Count = 1
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+
+class EvaluateRecipe(Strict):
+    """On what the students and the teacher are judged."""
+
+    split: str = "test"
+    rerank: Count = Field(default=32, description="items of the first stage's shortlist that the teacher re-ranks")
+    batch_size: Count = 256
+
+
+class ArmRecipe(Strict):
+    """One student: what it is trained with after the shared steps."""
+
+    losses: tuple[LossPart, ...]
+
+    @property
+    def distils(self) -> bool:
+        """Whether any part reads the teacher's scores."""
+        return any(part.name != "contrastive" and getattr(part, "reads_teacher", True) for part in self.losses)
+
+    @property
+    def uses_candidates(self) -> bool:
+        """Whether mined candidates join the batches."""
+        return self.distils or any(getattr(part, "negatives", None) == "all" for part in self.losses)
+
+
+class Recipe(Strict):
+    """One experiment."""
+
+    name: Name
+    seed: Natural = 0
+    runs: Path = Path("runs")
+    cache: Path = Field(
+        default=Path("~/.cache/cross2dual"),
+        validate_default=True,
+        description="scores, frozen outputs and file checks that runs share",
+    )
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    prepared_gib: Annotated[float, Field(ge=0)] = Field(
+        default=2.0, description="decoded and preprocessed pictures are kept on disk when they fit in this many GiB"
+    )
+    data: Data
+    teacher: TeacherRecipe
+    teach: TeachRecipe | None = None
+    student: StudentRecipe
+    shared_losses: tuple[LossPart, ...] = (Contrastive(name="contrastive"),)
+    arms: Annotated[dict[Name, ArmRecipe], Field(min_length=1)]
+    mine: MineRecipe = MineRecipe()
+    score: ScoreRecipe = ScoreRecipe()
+    train: TrainRecipe = TrainRecipe()
+    evaluate: EvaluateRecipe = EvaluateRecipe()
+
+    @field_validator("runs", "cache")
+    @classmethod
+    def _expand(cls, value: Path) -> Path:
+        return value.expanduser()
+
+    @model_validator(mode="after")
+    def _teacher_comes_from_somewhere(self) -> Recipe:
+        if self.teach is None and self.teacher.kind != "custom" and self.teacher.checkpoint is None:
+            raise ValueError("teacher.checkpoint: give a hub id or folder, or a teach: section that trains the teacher")
+        return self
+
+    @model_validator(mode="after")
+    def _candidates_fit(self) -> Recipe:
+        if self.train.candidates_per_query > self.mine.k:
+            raise ValueError(
+                f"train.candidates_per_query is {self.train.candidates_per_query} but mine.k is only {self.mine.k}: "
+                "raise mine.k or lower train.candidates_per_query"
+            )
+        return self
+
+    @property
+    def needs_maps(self) -> bool:
+        """Whether any arm compares attention maps."""
+        return any(part.name == "attention" for arm in self.arms.values() for part in arm.losses)
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.runs / self.name

@@ -1,0 +1,1 @@
+"""What a person looks at: contact sheets (``sheet``) and tables of results (``table``)."""

@@ -1,0 +1,138 @@
+"""What a run ends with: students and teacher evaluated, the summary, the table, the pictures, and search."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from distill.durable import write_atomically
+from distill.evaluate import (
+    Evaluation,
+    evaluate_embeddings,
+    evaluate_reranked,
+    gap_closed,
+    shortlist,
+)
+from distill.index import VectorIndex
+from distill.pipeline import trained_arm
+from distill.protocols import DIRECTIONS, SIDES, Candidates, Direction, Ids, Side
+from distill.show import write_retrieval_sheet
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from distill.data.corpus import Split
+    from distill.experiment import Experiment
+
+log = logging.getLogger(__name__)
+TEACHER = "teacher"
+Vectors = np.ndarray[Any, np.dtype[np.float32]]
+
+
+def finish(x: Experiment) -> dict[str, dict[str, float]]:
+    """Train what is not trained, evaluate everything on the recipe's split, write and show the results."""
+    from distill.report.table import results_table
+
+    if any(arm.distils for arm in x.recipe.arms.values()):
+        x.teacher  # noqa: B018  (taught first: what can go wrong there is known before the students' time is spent)
+    students = {name: trained_arm(x, name) for name in x.recipe.arms}
+    split = x.corpus.split(x.recipe.evaluate.split)
+    evaluations = {TEACHER: evaluate_teacher(x, split, fallback=next(iter(students.values())))}
+    vectors: dict[str, dict[Side, Vectors]] = {}
+    for name, folder in students.items():
+        vectors[name] = _embed_student(x, folder, split)
+        evaluations[name] = _evaluate(x, vectors[name], split)
+    for name, evaluation in evaluations.items():
+        evaluation.save(x.folder / "evaluation" / name)
+    summary = {name: evaluation.retrieval.as_dict() for name, evaluation in evaluations.items()}
+    text = json.dumps(summary, indent=2) + "\n"
+    write_atomically(x.folder / "summary.json", lambda file: file.write(text.encode()))
+    results_table(summary, title=f"{x.recipe.name}: {x.corpus.name}, {split.name} split, percent")
+    _report_gap(summary)
+    sheet = x.folder / "retrieval.png"
+    ranks = {name: evaluation.t2i_ranks for name, evaluation in evaluations.items()}
+    write_retrieval_sheet(x, split, vectors, ranks, sheet)
+    log.info("summary: %s, pictures: %s", x.folder / "summary.json", sheet)
+    return summary
+
+
+def evaluate_teacher(x: Experiment, split: Split, *, fallback: Path | None = None) -> Evaluation:
+    """The teacher re-ranks the shortlist of its contrastive head; of the student in ``fallback`` where it has none."""
+    from distill.embed import NoContrastiveHeadError, embed_with_teacher
+
+    rows: dict[Side, Ids] = {"image": split.images, "text": split.texts}
+    device, size = x.accelerator.device, x.recipe.evaluate.batch_size
+    try:
+        first = {
+            side: embed_with_teacher(
+                x.teacher, x.source(x.teacher, side), rows[side], side, batch_size=size, device=device
+            )
+            for side in SIDES
+        }
+    except NoContrastiveHeadError:
+        if fallback is None:
+            raise
+        log.info("the teacher has no contrastive head: it re-ranks the shortlist of %s", fallback)
+        first = _embed_student(x, fallback, split)
+    lists = _shortlists(x, first, split)
+    images, texts = (np.concatenate(ids) for ids in zip(*(found.pairs() for found in lists.values()), strict=True))
+    x.ask(images, texts)
+    return evaluate_reranked(_evaluate(x, first, split), i2t=lists["i2t"], t2i=lists["t2i"], lookup=x.store.lookup)
+
+
+def report_teacher(x: Experiment, *, split: str) -> None:
+    """Evaluate the teacher on a split and show it."""
+    from distill.report.table import results_table
+
+    found = evaluate_teacher(x, x.corpus.split(split))
+    found.save(x.folder / "evaluation" / f"{TEACHER}-{split}")
+    results_table(
+        {TEACHER: found.retrieval.as_dict()}, title=f"{x.recipe.name}: teacher re-ranking, {split} split, percent"
+    )
+
+
+def _shortlists(x: Experiment, vectors: Mapping[Side, Vectors], split: Split) -> dict[Direction, Candidates]:
+    rows: dict[Side, Ids] = {"image": split.images, "text": split.texts}
+    lists: dict[Direction, Candidates] = {}
+    for direction in DIRECTIONS:
+        query, item = SIDES if direction == "i2t" else SIDES[::-1]
+        lists[direction] = shortlist(
+            VectorIndex.build(vectors[item], rows[item]),
+            vectors[query],
+            query_ids=rows[query],
+            matches=x.corpus.matches,
+            direction=direction,
+            k=x.recipe.evaluate.rerank,
+        )
+    return lists
+
+
+def _embed_student(x: Experiment, folder: Path, split: Split) -> dict[Side, Vectors]:
+    """Vectors of the split's items; their index is kept beside the student, for search."""
+    student = x.saved_student(folder)
+    rows: dict[Side, Ids] = {"image": split.images, "text": split.texts}
+    vectors = {side: x.embed(student, side, rows[side]) for side in SIDES}
+    for side in SIDES:
+        VectorIndex.build(vectors[side], rows[side]).save(folder.parent / "index" / side)
+    return vectors
+
+
+def _evaluate(x: Experiment, vectors: Mapping[Side, Vectors], split: Split) -> Evaluation:
+    return evaluate_embeddings(
+        vectors["image"], vectors["text"], image_ids=split.images, text_ids=split.texts, matches=x.corpus.matches
+    )
+
+
+def _report_gap(summary: Mapping[str, Mapping[str, float]]) -> None:
+    """How much of the way from the first, undistilled arm to the teacher each other arm covered."""
+    teacher, (base, *others) = summary[TEACHER], [name for name in summary if name != TEACHER]
+    for name in others:
+        share = gap_closed(summary[base], summary[name], teacher)
+        if share is None:
+            log.info("%s: the teacher is not ahead of %s, so there is no gap to close", name, base)
+        else:
+            log.info("%s closes %.0f %% of the RSUM gap between %s and the teacher", name, share, base)

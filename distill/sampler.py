@@ -1,0 +1,83 @@
+"""Which pairs a step trains on: a pure function of seed and step, whatever the workers and however often killed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from distill.protocols import Candidates, Ids
+
+
+@dataclass(frozen=True)
+class BatchSampler:
+    """Every labelled pair once an epoch, in an order drawn from (seed, epoch); a short last batch is left out."""
+
+    pairs: Ids  # (P, 2) image, text
+    batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if len(self.pairs) < self.batch_size:
+            raise ValueError(
+                f"the training split has {len(self.pairs)} pairs but train.batch_size is {self.batch_size}: "
+                f"lower train.batch_size to at most {len(self.pairs)}"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full batches of one epoch."""
+        return len(self.pairs) // self.batch_size
+
+    def batch(self, step: int) -> Ids:
+        """Pairs (batch_size, 2) of a global step, counted from 0."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.pairs))
+        return self.pairs[order[index * self.batch_size : (index + 1) * self.batch_size]]
+
+
+@dataclass(frozen=True)
+class CandidateSampler:
+    """Draws, for each query of a step, some of its scored candidates: a pure function of (seed, step, query)."""
+
+    candidates: Candidates
+    per_query: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if np.any(np.diff(self.candidates.query_ids) <= 0):
+            raise ValueError("candidates must have one row a query, sorted by query id")
+
+    def draw(self, step: int, query_ids: Ids) -> Ids:
+        """Item ids (Q, per_query) for the queries (Q,); -1 where a query has fewer candidates."""
+        rows = np.searchsorted(self.candidates.query_ids, query_ids)
+        found = np.minimum(rows, len(self.candidates.query_ids) - 1)
+        unknown = query_ids[self.candidates.query_ids[found] != query_ids]
+        if len(unknown):
+            raise KeyError(
+                f"no candidates were mined for {len(unknown)} {self.candidates.direction} queries: {_some(unknown)}"
+            )
+        items = self.candidates.item_ids[rows]  # (Q, K)
+        # one key a cell, so that a query's draw does not depend on which other queries share its batch
+        keys = _hash_uniform(self.seed, step, query_ids, items.shape[1])
+        keys[items < 0] = 2.0  # missing candidates come last
+        chosen = np.argsort(keys, axis=1, kind="stable")[:, : self.per_query]
+        return np.take_along_axis(items, chosen, axis=1)
+
+
+def _hash_uniform(seed: int, step: int, queries: Ids, width: int) -> np.ndarray:
+    """Uniform numbers (Q, width) in [0, 1), each a function of (seed, step, query, column) alone: SplitMix64."""
+    start = np.random.default_rng([seed, step]).integers(0, 2**64, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        x = start + queries.astype(np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15)
+        x = x + np.arange(width, dtype=np.uint64)[None, :] * np.uint64(0xD1B54A32D192ED03)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x = x ^ (x >> np.uint64(31))
+    return (x >> np.uint64(11)).astype(np.float64) / float(1 << 53)
+
+
+def _some(ids: Sequence[int] | Ids, most: int = 5) -> str:
+    shown = ", ".join(str(int(item)) for item in ids[:most])
+    return shown + (", ..." if len(ids) > most else "")

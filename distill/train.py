@@ -1,0 +1,318 @@
+"""The training loop, read top to bottom: one Accelerate loop for every student, loss and round."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from distill.batches import Batches, StepBatch
+from distill.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from distill.losses.combine import NonFiniteLossError, Weighted
+from distill.progress import Progress
+from distill.protocols import Direction, Embeddings, Inputs, Scored
+
+log = logging.getLogger(__name__)
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot go on, with the ids that caused it."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How a student is trained; the same for every arm of a run."""
+
+    steps: int  # of the whole schedule, shared steps counted
+    batch_size: int
+    lr: float
+    weight_decay: float
+    warmup: float  # share of the steps over which the rate rises
+    grad_clip: float
+    seed: int
+    precision: str = "no"
+    workers: int = 0
+    log_every: int = 50
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 1
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step: linear rise, then a cosine to 0. A function of the step alone: no state to lose."""
+        rise = max(1, round(self.warmup * self.steps))
+        if step < rise:
+            return self.lr * (step + 1) / rise
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, self.steps - rise)))
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of a training: from a step to a step, with one loss and one set of batches."""
+
+    stop: int
+    batches: Batches
+    losses: Weighted
+    meaning: str  # fingerprint of all that decides what this stretch computes
+
+
+def make_optimizer(student: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
+    """AdamW without decay on vectors and scalars (biases, norms, the learned scale)."""
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr)
+
+
+def train(
+    student: nn.Module,
+    phase: Phase,
+    settings: TrainSettings,
+    *,
+    folder: Path,
+    accelerator: Accelerator,
+    start_from: Path | None = None,
+) -> Path:
+    """Train up to ``phase.stop`` and return the last checkpoint.
+
+    Goes on from the newest complete checkpoint in ``folder``; where there is none, from ``start_from`` (the end of an
+    earlier phase: weights, optimizer and random state), or from step 0.
+
+    Args:
+        student: trained in place; ends with the weights of the last checkpoint.
+        phase: what to run.
+        settings: schedule and sizes.
+        folder: checkpoints go to ``folder/checkpoints``, one line a log step to ``folder/metrics.jsonl``.
+        accelerator: one process; places the tensors, casts, tracks.
+        start_from: checkpoint of the phase before.
+
+    Raises:
+        TrainingError: a loss, embedding or teacher score is not finite; the message names the ids.
+    """
+    if accelerator.num_processes > 1:
+        raise TrainingError(
+            "training runs in one process; start it with `distill run`, not with several by accelerate launch"
+        )
+    checkpoints = folder / "checkpoints"
+    optimizer = make_optimizer(student, settings)
+    model, prepared = accelerator.prepare(student, optimizer)
+    restored = [latest_checkpoint(checkpoints), start_from]
+    start = _restore(restored, accelerator.unwrap_model(model), optimizer, phase, scaler=accelerator.scaler)
+    if start == 0:
+        set_seed(settings.seed)  # whatever was computed before, the first step finds the same random state
+    done = latest_checkpoint(checkpoints)
+    meter = Meter(folder / "metrics.jsonl", start, settings)
+    with Progress(phase.stop - start, f"train {folder.name}", unit="steps") as bar:
+        for batch, waited in _load(phase.batches, start, phase.stop, settings.workers):
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr_at(batch.step)
+            model.train()
+            total, parts, scale = _step_loss(model, batch, phase.losses, accelerator)
+            accelerator.backward(total)
+            norm = accelerator.clip_grad_norm_(model.parameters(), settings.grad_clip)
+            _check_gradient(norm, batch, accelerator)
+            prepared.step()
+            prepared.zero_grad()
+            line = meter.step(batch, total, parts, scale=scale, norm=norm, waited=waited)
+            if line is not None:
+                accelerator.log({f"{folder.name}/{key}": value for key, value in line.items()}, step=batch.step + 1)
+            bar.advance(1)
+            finished = batch.step + 1
+            if finished == phase.stop or finished % settings.checkpoint_every == 0:
+                done = save_checkpoint(
+                    checkpoints,
+                    step=finished,
+                    model=accelerator.unwrap_model(model),
+                    optimizer=optimizer,
+                    meaning=phase.meaning,
+                    scaler=accelerator.scaler,
+                    keep=settings.keep_checkpoints,
+                )
+    if done is None:
+        raise TrainingError(f"{folder}: nothing to train: the phase ends at step {phase.stop} and starts at {start}")
+    accelerator.free_memory()
+    return done
+
+
+def _restore(restored: list[Path | None], model: nn.Module, optimizer: Any, phase: Phase, *, scaler: Any) -> int:
+    """Steps done: from this phase's own newest checkpoint, else from the end of the phase before, else 0."""
+    own, before = restored
+    if own is not None:
+        step = load_checkpoint(own, model=model, optimizer=optimizer, meaning=phase.meaning, scaler=scaler)
+        log.info("goes on from %s: weights, optimizer and random state after step %d", own, step)
+        return step
+    if before is not None:
+        return load_checkpoint(before, model=model, optimizer=optimizer, meaning=None, scaler=scaler)
+    return 0
+
+
+def _load(batches: Batches, start: int, stop: int, workers: int) -> Iterator[tuple[StepBatch, float]]:
+    """Batches in step order, each with the seconds that the loop waited for it."""
+    loader: Any = torch.utils.data.DataLoader(
+        batches,  # type: ignore[arg-type]  # map-style by __getitem__ alone
+        batch_size=None,
+        sampler=range(start, stop),
+        num_workers=workers,
+        persistent_workers=False,
+        generator=torch.Generator(),  # its own, so that starting a loader never moves the training's random state
+        prefetch_factor=4 if workers else None,
+    )
+    asked = time.perf_counter()
+    for batch in loader:
+        yield batch, time.perf_counter() - asked
+        asked = time.perf_counter()
+
+
+def _step_loss(
+    model: nn.Module, batch: StepBatch, losses: Weighted, accelerator: Accelerator
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Weighted loss of a step, the mean of both directions, and its unweighted parts."""
+    device = accelerator.device
+    attention_pairs = None
+    if "student_attention" in losses.needs:
+        attention_pairs = (batch.pairs[0].to(device), batch.pairs[1].to(device))
+    with accelerator.autocast():
+        out: Embeddings = model(move(batch.images, device), move(batch.texts, device), attention_pairs=attention_pairs)
+    if out.images is None or out.texts is None:
+        raise TrainingError("the student gave no embeddings for one side")
+    _check_embeddings(out, batch)
+    similarity = out.images.float() @ out.texts.float().T  # (N, M)
+    extras = _attention_extras(out, batch, device) if attention_pairs is not None else {}
+    parts: dict[str, Tensor] = {}
+    for direction, grid in batch.grids.items():
+        scored = _scored(similarity if direction == "i2t" else similarity.T, batch, direction, out.scale)
+        scored = replace(scored, extras=extras)
+        try:
+            here = losses.parts_of(scored)
+        except NonFiniteLossError as error:
+            queries = (batch.image_ids if direction == "i2t" else batch.text_ids)[grid.rows.numpy()]
+            raise TrainingError(f"step {batch.step}, {direction}: {error}; query ids {_some(queries)}") from error
+        for name, value in here.items():
+            parts[name] = parts[name] + value / 2 if name in parts else value / 2
+    return losses.total(parts), parts, out.scale.detach()
+
+
+def _scored(similarity: Tensor, batch: StepBatch, direction: Direction, scale: Tensor) -> Scored:
+    grid, device = batch.grids[direction], similarity.device
+    teacher = grid.teacher.to(device)
+    if torch.isinf(teacher).any():
+        raise TrainingError(
+            f"step {batch.step}: the teacher's scores hold infinities; delete the store of that teacher and score again"
+        )
+    student = similarity[grid.rows.to(device)]
+    return Scored(
+        student=student,
+        teacher=teacher,
+        positive=grid.positive.to(device),
+        valid=torch.ones_like(student, dtype=torch.bool),
+        scale=scale,
+        in_batch=grid.in_batch.to(device),
+    )
+
+
+def _attention_extras(out: Embeddings, batch: StepBatch, device: torch.device) -> dict[str, Tensor]:
+    """Both maps of the batch's labelled pairs, cut to the tokens that both sides have."""
+    if batch.maps is None or out.attention is None:
+        raise TrainingError("the attention loss needs the teacher's maps and the student's; one of them is missing")
+    teacher, tokens = batch.maps  # (P, L, G), (P, L)
+    own = batch.texts["attention_mask"][batch.pairs[1]].bool()  # (P, L')
+    width = min(teacher.shape[1], own.shape[1])
+    return {
+        "student_attention": out.attention[:, :width],
+        "teacher_attention": teacher[:, :width].to(device),
+        "attention_tokens": (tokens[:, :width] & own[:, :width]).to(device),
+    }
+
+
+def move(inputs: Inputs, device: torch.device) -> dict[str, Tensor]:
+    """Inputs on a device."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+
+
+def _check_embeddings(out: Embeddings, batch: StepBatch) -> None:
+    for side, vectors, ids in (("image", out.images, batch.image_ids), ("text", out.texts, batch.text_ids)):
+        assert vectors is not None
+        bad = ~torch.isfinite(vectors.detach()).all(dim=1)
+        if bad.any():
+            raise TrainingError(
+                f"step {batch.step}: {int(bad.sum())} {side} embeddings are not finite, "
+                f"ids {_some(ids[bad.cpu().numpy()])};"
+                " lower train.lr, or look at those items with `distill data`"
+            )
+
+
+def _check_gradient(norm: Any, batch: StepBatch, accelerator: Accelerator) -> None:
+    if accelerator.scaler is None and norm is not None and not math.isfinite(float(norm)):
+        raise TrainingError(
+            f"step {batch.step}: the gradient is not finite; image ids {_some(batch.image_ids)}, text ids "
+            f"{_some(batch.text_ids)}; lower train.lr or a loss's weight"
+        )
+
+
+def _some(ids: np.ndarray[Any, Any], most: int = 8) -> str:
+    return ", ".join(str(int(item)) for item in ids[:most]) + (", ..." if len(ids) > most else "")
+
+
+class Meter:
+    """Writes one line a log step: loss and its parts, scale, gradient norm, items a second, share of time waiting."""
+
+    def __init__(self, path: Path, start: int, settings: TrainSettings) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path, self._settings = path, settings
+        _drop_lines_from(path, start)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._began, self._waited, self._items, self._steps = time.perf_counter(), 0.0, 0, 0
+        self._sums: dict[str, Tensor] = {}
+
+    def step(
+        self, batch: StepBatch, total: Tensor, parts: Mapping[str, Tensor], *, scale: Tensor, norm: Any, waited: float
+    ) -> dict[str, float] | None:
+        """Count a step; the line where one was due."""
+        for name, value in (("loss", total), *((f"loss/{name}", part) for name, part in parts.items())):
+            held = self._sums.get(name)
+            self._sums[name] = value.detach() if held is None else held + value.detach()
+        self._waited += waited
+        self._items += len(batch.image_ids) + len(batch.text_ids)
+        self._steps += 1
+        if (batch.step + 1) % self._settings.log_every:
+            return None
+        seconds = time.perf_counter() - self._began
+        line = {name: float(value) / self._steps for name, value in self._sums.items()}
+        line |= {
+            "lr": self._settings.lr_at(batch.step),
+            "scale": float(scale),
+            "grad_norm": float(norm) if norm is not None else float("nan"),
+            "items_per_second": self._items / seconds,
+            "waiting_share": self._waited / seconds,
+        }
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": batch.step + 1, **line}) + "\n")
+        self._clear()
+        return line
+
+
+def _drop_lines_from(path: Path, start: int) -> None:
+    """After a resume the steps since the checkpoint are run again: their old lines go, so that none stands twice."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= start:
+                kept.append(line)
+        except ValueError:  # the line that a kill cut short
+            continue
+    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

@@ -1,0 +1,302 @@
+"""A BLIP-style cross-encoder put together from a vision backbone and a BERT-like text encoder.
+
+After Li et al., "Align before Fuse", NeurIPS 2021: the first text layers read the text alone, the last ones read the
+image too, through cross-attention whose keys and values depend on the image alone and are computed once per image.
+
+Shape key: ``N`` items, ``P`` pairs, ``U`` distinct images of a call, ``F`` fused layers, ``A`` heads, ``L`` text
+tokens, ``T`` image tokens (class and register tokens, then ``G`` grid cells), ``H`` text width, ``D`` embedding width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from distill.protocols import Image, Inputs, Memory, ScoreKind, Side, fingerprint, weights_fingerprint
+from teachers import backbones, itm, layers
+from teachers.fusion_options import FusionDesign, FusionOptions
+from teachers.fusion_parts import CrossAttention, MatchingHead
+from teachers.fusion_sides import ImageSide, TextSide
+from teachers.grouping import ImageGroups, group_by_image, over_chunks
+from teachers.identity import image_inputs_identity, text_inputs_identity
+from teachers.processing import image_processor_from, pixel_values, token_ids, tokenizer_from
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
+
+SCORING_VERSION = 1  # part of every identity; raise it when the same weights would give other scores
+FILE = "fusion_teacher.json"
+WEIGHTS = "fusion_teacher.safetensors"
+
+
+class FusionTeacher(nn.Module):
+    """A ``Teacher`` that can be taught, whose cross-attention can be read and whose frozen parts can be kept on disk.
+
+    Image memory: ``keys`` and ``values`` (N, F, A, T, H / A), ``embedding`` (N, D). Text memory: ``states`` (N, L, H),
+    ``attention_mask`` (N, L), ``embedding`` (N, D). Both ``encode_*`` also take such a memory back as it is.
+    """
+
+    def __init__(
+        self,
+        vision: PreTrainedModel,
+        text: PreTrainedModel,
+        image_processor: BaseImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        design: FusionDesign | None = None,
+        options: FusionOptions | None = None,
+    ) -> None:
+        """Join two backbones; the new parts start from torch's global generator. ValueError where they do not fit."""
+        super().__init__()
+        self.design, self.options = design or FusionDesign(), options or FusionOptions()
+        width, heads, dropout = text.config.hidden_size, text.config.num_attention_heads, self.design.dropout
+        self.text = TextSide(text, tokenizer, self.design, self.options)
+        self.image = ImageSide(vision, image_processor, self.design, width=width)
+        self.cross = nn.ModuleList(CrossAttention(width, heads, dropout) for _ in range(self.design.fusion_layers))
+        self.itm_head = MatchingHead(width, dropout)
+        self.to(text.dtype)
+        self.logit_scale = nn.Parameter(itm.first_log_scale())  # stays float32: it has no business in half precision
+        self._fixed_identity: str | None = None
+        self.eval()
+
+    @classmethod
+    def from_backbones(
+        cls,
+        vision: str | Path,
+        text: str | Path,
+        *,
+        design: FusionDesign | None = None,
+        options: FusionOptions | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> FusionTeacher:
+        """Start from two checkpoints (hub names or folders) with their image processor and tokenizer; in eval mode."""
+        return cls(
+            backbones.load_vision(vision, dtype),
+            backbones.load_text(text, dtype),
+            image_processor_from(str(vision)),
+            tokenizer_from(str(text)),
+            design,
+            options,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, options: FusionOptions | None = None, dtype: torch.dtype = torch.float32
+    ) -> FusionTeacher:
+        """Load what ``save_pretrained`` wrote, with its own options unless others are given; in eval mode."""
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        if not (folder / FILE).is_file():
+            raise FileNotFoundError(
+                f"{folder} has no {FILE}: expected a folder that FusionTeacher.save_pretrained wrote"
+            )
+        saved = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        teacher = cls(
+            backbones.from_config_state(saved["vision"], dtype),
+            backbones.from_config_state(saved["text"], dtype),
+            image_processor_from(str(folder)),
+            tokenizer_from(str(folder)),
+            FusionDesign(**saved["design"]),
+            options or FusionOptions(**saved["options"]),
+        )
+        teacher.load_state_dict(load_file(folder / WEIGHTS))
+        return teacher
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write weights, both backbones' configurations, image processor and tokenizer: all that loading needs."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.image.processor.save_pretrained(folder)
+        self.text.tokenizer.save_pretrained(folder)
+        saved = {
+            "vision": backbones.config_to_save(self.image.backbone.config),
+            "text": backbones.config_to_save(self.text.encoder.config),
+            "design": asdict(self.design),
+            "options": asdict(self.options),
+        }
+        (folder / FILE).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+        save_file({name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}, folder / WEIGHTS)
+
+    def train(self, mode: bool = True) -> FusionTeacher:
+        """Set training mode; frozen parts stay in eval mode, and a fixed identity is forgotten."""
+        super().train(mode)
+        if mode:
+            self._fixed_identity = None
+        return self
+
+    def pretrained_parameters(self) -> Iterator[nn.Parameter]:
+        """Weights that train and came from a checkpoint: they usually want a smaller learning rate than new ones."""
+        for module in (self.image.backbone, self.text.encoder):
+            yield from (parameter for parameter in module.parameters() if parameter.requires_grad)
+
+    @property
+    def identity(self) -> str:
+        """Computed from every weight at each call, or as ``fix_identity`` left it."""
+        return self._fixed_identity or self._identity_now()
+
+    def fix_identity(self) -> str:
+        """Compute the identity once and keep it until the next ``train()``: for weights that no longer change."""
+        self._fixed_identity = self._identity_now()
+        return self._fixed_identity
+
+    def _identity_now(self) -> str:
+        weights = {name: tensor for name, tensor in self.state_dict().items() if name != "logit_scale"}
+        return fingerprint(
+            {"teacher": "fusion", "version": SCORING_VERSION, "score_kind": self.score_kind},
+            {"fusion_layers": self.design.fusion_layers, "deep_text_embedding": self.design.deep_text_embedding},
+            weights_fingerprint(weights.items()),
+            *self.image.states(),
+            *self.text.states(),
+        )
+
+    @property
+    def score_kind(self) -> ScoreKind:
+        """What ``score`` returns."""
+        return self.options.score_kind
+
+    @property
+    def scale(self) -> Tensor:
+        """() learned scale of the contrastive head, within 2 .. 1000."""
+        return itm.scale_of(self.logit_scale)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the image grid."""
+        return self.image.shape.rows, self.image.shape.columns
+
+    def prepare_images(self, images: Sequence[Image]) -> Inputs:
+        """{"pixel_values": (N, 3, height, width)}."""
+        return pixel_values(self.image.processor, images)
+
+    def prepare_texts(self, texts: Sequence[str]) -> Inputs:
+        """{"input_ids", "attention_mask"}: (N, L)."""
+        options = self.options
+        return token_ids(self.text.tokenizer, texts, prompt=options.prompt, max_length=options.max_text_length)
+
+    def prepare_identity(self, side: Side) -> str:
+        """Fingerprint of what ``prepare_images`` or ``prepare_texts`` makes of an item."""
+        if side == "image":
+            return image_inputs_identity(self.image.processor)
+        return text_inputs_identity(self.text.tokenizer, self.options.prompt, self.options.max_text_length)
+
+    def frozen_identity(self, side: Side) -> str | None:
+        """Fingerprint of the frozen weights of a side and of what prepares their inputs; None where none are frozen."""
+        return self.image.frozen_identity() if side == "image" else self.text.frozen_identity()
+
+    def freeze(self, side: Side, inputs: Inputs) -> Inputs:
+        """Outputs of the frozen part of a side for prepared inputs; ValueError where nothing of it is frozen.
+
+        Image: ``grid`` (N, G, C) and, where the backbone has class or register tokens, ``others`` (N, R, C). Text:
+        ``hidden`` (N, L, H), ``attention_mask`` (N, L).
+        """
+        if not (self.design.freeze_vision if side == "image" else self.design.frozen_text_layers):
+            raise ValueError(f"nothing of the {side} side is frozen; see freeze_vision and frozen_text_layers")
+        with torch.no_grad():
+            return self.image.freeze(inputs) if side == "image" else self.text.freeze(inputs)
+
+    def encode_images(self, inputs: Inputs) -> Memory:
+        """{"keys", "values": (N, F, A, T, H / A), "embedding": (N, D)} of prepared images or frozen outputs."""
+        if "keys" in inputs:
+            return inputs
+        features = self.image.features(inputs)
+        tokens = self.image.tokens(features)
+        keys, values = zip(*(block.keys_values(tokens) for block in self._cross()), strict=True)
+        return {
+            "keys": torch.stack(keys, dim=1),
+            "values": torch.stack(values, dim=1),
+            "embedding": self.image.head(features),
+        }
+
+    def encode_texts(self, inputs: Inputs) -> Memory:
+        """{"states": (N, L, H), "attention_mask": (N, L), "embedding": (N, D)} of prepared texts or frozen outputs."""
+        if "states" in inputs:
+            return inputs
+        states, attention, embedding = self.text(inputs)
+        return {"states": states, "attention_mask": attention, "embedding": embedding}
+
+    def score(self, images: Memory, texts: Memory, image_rows: Tensor, text_rows: Tensor) -> Tensor:
+        """Raw scores (P,) float32 of ``score_kind``."""
+        itm.check_rows(images, texts, image_rows, text_rows)
+        kind = self.score_kind
+        logits = cosine = None
+        if itm.needs_logits(kind):
+            logits = self._matching_logits(images, texts, image_rows, text_rows)
+        if itm.needs_cosine(kind):
+            cosine = itm.pair_cosine(images, texts, image_rows, text_rows)
+        return itm.scores_from(kind, logits, cosine)
+
+    def pair_logits(self, images: Memory, texts: Memory, image_rows: Tensor, text_rows: Tensor) -> Tensor:
+        """Log-odds (P,) of a match, with gradient."""
+        itm.check_rows(images, texts, image_rows, text_rows)
+        logits = self._matching_logits(images, texts, image_rows, text_rows)
+        return itm.scores_from("log_odds", logits, None)
+
+    def attention_maps(self, images: Memory, texts: Memory, image_rows: Tensor, text_rows: Tensor) -> Tensor:
+        """Log-probabilities (P, L, G) of the last layer's cross-attention; L is that of the text memory."""
+        itm.check_rows(images, texts, image_rows, text_rows)
+        pairs = self._pairs(images, texts, image_rows, text_rows, trim=False)
+        states = self._fused(pairs, self.design.fusion_layers - 1)
+        states = layers.self_attention(self.text.fused_layers[-1], states, pairs.packing)
+        query = self._cross()[-1].queries(states, pairs.packing)
+        return layers.grid_attention(query, pairs.keys[:, -1][pairs.groups.image], self.image.shape.others)
+
+    def _matching_logits(self, images: Memory, texts: Memory, image_rows: Tensor, text_rows: Tensor) -> Tensor:
+        """(P, 2) float32."""
+        if torch.is_grad_enabled():
+            return self._logits_of(images, texts, image_rows, text_rows)
+        # By length, so that a chunk holds little padding: dense layers cost far more than copying an image's few keys.
+        lengths = texts["attention_mask"].sum(dim=1)
+        order = itm.take(lengths, text_rows).to(text_rows.device).argsort(stable=True)
+        return over_chunks(
+            lambda chunk: self._logits_of(images, texts, image_rows[chunk], text_rows[chunk]),
+            order,
+            self.options.pairs_per_chunk,
+        )
+
+    def _logits_of(self, images: Memory, texts: Memory, image_rows: Tensor, text_rows: Tensor) -> Tensor:
+        pairs = self._pairs(images, texts, image_rows, text_rows, trim=True)
+        states = pairs.packing.pad(self._fused(pairs, self.design.fusion_layers))
+        logits: Tensor = self.itm_head(states, pairs.packing.attention)
+        return logits
+
+    def _pairs(self, images: Memory, texts: Memory, image_rows: Tensor, text_rows: Tensor, *, trim: bool) -> _Pairs:
+        device = self.text.encoder.device
+        groups = group_by_image(image_rows.to(device))
+        attention = itm.take(texts["attention_mask"], text_rows).to(device)
+        length = layers.used_length(attention) if trim else attention.shape[1]
+        packing = layers.Packing.of(attention[:, :length])
+        states = packing.pack(itm.take(texts["states"], text_rows)[:, :length].to(device))
+        keys, values = (itm.take(images[name], groups.used).to(device) for name in ("keys", "values"))
+        return _Pairs(states, packing, keys, values, groups)
+
+    def _fused(self, pairs: _Pairs, through: int) -> Tensor:
+        """(S, H) after the first ``through`` fused layers."""
+        states, packing = pairs.states, pairs.packing
+        for at, (layer, block) in enumerate(zip(self.text.fused_layers[:through], self._cross(), strict=False)):
+            states = layers.self_attention(layer, states, packing)
+            states = block(states, packing, layers.Source(pairs.keys[:, at], pairs.values[:, at], pairs.groups))
+            states = layers.feed_forward(layer, states)
+        return states
+
+    def _cross(self) -> list[CrossAttention]:
+        return [block for block in self.cross if isinstance(block, CrossAttention)]
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """What the fused layers read of some pairs."""
+
+    states: Tensor  # (S, H) real tokens of all pairs
+    packing: layers.Packing
+    keys: Tensor  # (U, F, A, T, H / A) of the distinct images
+    values: Tensor  # (U, F, A, T, H / A)
+    groups: ImageGroups

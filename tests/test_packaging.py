@@ -1,0 +1,105 @@
+"""The package as others meet it: what is listed, what is shipped, and what importing costs."""
+
+from __future__ import annotations
+
+import configparser
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def config() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+def test_every_package_is_listed_and_has_an_init() -> None:
+    listed = set(config()["options"]["packages"].split())
+    found = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for top in ("distill", "teachers", "students")
+        for path in (ROOT / top).rglob("*.py")
+    }
+    assert found
+    assert listed == found | {"distill.recipes"}
+    for name in found:
+        assert (ROOT / name.replace(".", "/") / "__init__.py").is_file(), name
+
+
+def test_the_import_rules_name_every_module() -> None:
+    modules = {
+        f"distill.{path.stem}"
+        for path in (ROOT / "distill").iterdir()
+        if (path.suffix == ".py" or (path / "__init__.py").is_file()) and not path.stem.startswith("__")
+    }
+    assert len(modules) > 20
+    rules = config()
+    towers = set(rules["importlinter:contract:towers"]["forbidden_modules"].split())
+    core = set(rules["importlinter:contract:core"]["source_modules"].split())
+    assert towers == modules - {"distill.protocols"}
+    assert core == modules - {"distill.cli", "distill.recipe"}
+
+
+@pytest.mark.parametrize(
+    "package", ["distill", "distill.protocols", "distill.cli", "teachers", "students", "distill.losses"]
+)
+def test_importing_a_package_is_silent_and_loads_no_model_library(package: str) -> None:
+    code = (
+        f"import sys, {package}; heavy = {{'torch', 'transformers', 'faiss', 'datasets', 'accelerate'}} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_help_names_every_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "distill", "--help"], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    commands = ("run", "teach", "data", "mine", "score", "train", "evaluate", "search", "recipes", "schema", "doctor")
+    for command in commands:
+        assert f" {command} " in done.stdout
+
+
+def test_the_wheel_installs_into_a_fresh_environment(tmp_path: Path) -> None:
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            str(tmp_path),
+            str(ROOT),
+        ],
+        check=True,
+    )
+    (wheel,) = tmp_path.glob("cross2dual-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "distill/recipes/quickstart.yaml" in names
+    assert not [name for name in names if name.startswith(("tests", "recipes/", "docs", "benchmarks"))]
+    venv.create(tmp_path / "env", with_pip=False, system_site_packages=False)
+    python = tmp_path / "env" / "bin" / "python"
+    site = next((tmp_path / "env" / "lib").glob("python*/site-packages"))
+    zipfile.ZipFile(wheel).extractall(site)
+    # the dependencies come from the environment under test; nothing of the checkout may be found
+    dependencies = [path for path in sys.path if path.endswith("site-packages")]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    code = (
+        "import sys; sys.path += " + repr(dependencies) + "; import distill, teachers, students; "
+        "from distill.recipe.load import load_recipe; print(load_recipe('quickstart').name); "
+        f"assert distill.__file__.startswith({str(site)!r})"
+    )
+    done = subprocess.run([str(python), "-I", "-c", code], cwd=empty, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "quickstart\n"), done.stderr

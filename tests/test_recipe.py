@@ -1,0 +1,108 @@
+"""Recipes: what is refused and how, and what a resolved one means."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+import distill.losses
+from distill.recipe import losses as schema
+from distill.recipe.build import _CLASS_OF_LOSS, build_losses
+from distill.recipe.load import RecipeError, dump, load_recipe, parse, shipped_recipes
+
+VARIABLES = ("FLICKR8K", "FLICKR30K", "COCO")
+
+
+@pytest.fixture(autouse=True)
+def _folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in VARIABLES:
+        monkeypatch.setenv(name, str(tmp_path))
+
+
+def test_every_shipped_recipe_loads_and_its_dump_means_the_same() -> None:
+    shipped = shipped_recipes()
+    assert {"quickstart", "flickr8k", "flickr30k-blip-clip", "coco-blip-clip"} <= set(shipped)
+    for name in shipped:
+        recipe = load_recipe(name)
+        assert recipe.name == name
+        assert parse(yaml.safe_load(dump(recipe)), name) == recipe
+
+
+def test_every_shipped_recipe_opens_with_its_command_and_its_hardware() -> None:
+    shipped = shipped_recipes()
+    assert shipped
+    for name, path in shipped.items():
+        head = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+        assert f"distill run {name}" in head
+        assert "CPU" in head or "GPU" in head
+        assert "R@1" in head or "not yet run" in head
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lrr=1", "train.lrr: unknown key; did you mean lr?"),
+        ("zzz=1", "zzz: unknown key; allowed: arms, cache, data"),
+        ("teacher.visionn=3", "teacher.visionn: unknown key; did you mean vision?"),
+        ("train.lr=abc", "train.lr: Input should be a valid number, unable to parse string as a number; found 'abc'"),
+        ("train.lr=-1", "train.lr: Input should be greater than 0; found -1"),
+        ("teacher.vision.width=0", "teacher.vision.width: Input should be greater than or equal to 1; found 0"),
+        ("data.source=foo", "does not match any of the expected tags: 'scenes', 'karpathy', 'manifest', 'hub'"),
+        ("arms.plain.losses=[{name: klx}]", "arms.plain.losses.0: Input tag 'klx'"),
+        ("mine.k=2", "train.candidates_per_query is 4 but mine.k is only 2: raise mine.k"),
+        ("teach=null", "teacher.checkpoint: give a hub id or folder, or a teach: section"),
+        ("student={kind: custom, target: nowhere:Student}", "no module named 'nowhere'"),
+        ("student={kind: custom, target: nowhere}", "is not of the form module:Name"),
+        ("train.lr", "expected key.path=value"),
+        ("name.deeper=1", "has no keys of its own"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_to_change(override: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("quickstart", [override])
+    assert message in str(caught.value)
+
+
+def test_an_unknown_recipe_lists_the_shipped_ones() -> None:
+    with pytest.raises(RecipeError, match=r"nosuch: no such file.*quickstart"):
+        load_recipe("nosuch")
+
+
+def test_a_variable_that_is_not_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FLICKR8K")
+    with pytest.raises(RecipeError, match=r"data.annotations .*FLICKR8K is not set.*--set data.annotations"):
+        load_recipe("flickr8k")
+
+
+def test_an_override_reads_numbers_as_a_user_writes_them() -> None:
+    assert load_recipe("quickstart", ["train.lr=1e-4"]).train.lr == 1e-4
+    assert load_recipe("quickstart", ["train.trackers=[tensorboard]"]).train.trackers == ("tensorboard",)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1", "\xff"])
+def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(RecipeError, match=r"bad\.yaml"):
+        load_recipe(str(path))
+
+
+def test_the_schema_s_loss_options_are_those_of_the_losses() -> None:
+    assert _CLASS_OF_LOSS
+    for name, class_name in _CLASS_OF_LOSS.items():
+        model = next(m for m in vars(schema).values() if getattr(m, "__name__", "").lower() == name.replace("_", ""))
+        options = {field: info.default for field, info in model.model_fields.items() if field not in ("name", "weight")}
+        fields = dataclasses.fields(getattr(distill.losses, class_name))
+        assert options == {field.name: field.default for field in fields}, name
+
+
+def test_losses_of_a_recipe_are_built_with_weights_and_names_of_their_own() -> None:
+    parts = load_recipe(
+        "quickstart", ["arms.plain.losses=[{name: kl, weight: 2}, {name: kl, teacher_temperature: 3.0}]"]
+    ).arms["plain"]
+    built = build_losses(parts.losses).parts
+    assert [(part.name, part.weight) for part in built] == [("kl", 2.0), ("kl_2", 1.0)]
+    assert built[1].loss.teacher_temperature == 3.0  # type: ignore[attr-defined]

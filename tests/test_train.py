@@ -1,0 +1,157 @@
+"""The training loop: a killed run resumed is the run that was not killed, and what is not finite stops it with ids."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from distill.batches import Batches, PairScores
+from distill.checkpoint import latest_checkpoint, step_of
+from distill.embed import live_source
+from distill.losses import KL, Contrastive, Part, Weighted
+from distill.protocols import Scored
+from distill.sampler import BatchSampler
+from distill.train import Phase, TrainingError, TrainSettings, train
+from tests.toys import ToyStudent, expected_scores, toy_corpus
+
+SETTINGS = TrainSettings(
+    steps=12,
+    batch_size=6,
+    lr=0.05,
+    weight_decay=0.01,
+    warmup=0.2,
+    grad_clip=1.0,
+    seed=0,
+    log_every=2,
+    checkpoint_every=3,
+)
+CORPUS = toy_corpus(24)
+LOSSES = Weighted((Part("contrastive", 1.0, Contrastive()), Part("kl", 0.5, KL())))
+
+
+class NoisyStudent(ToyStudent):
+    """Uses torch's random state as dropout does."""
+
+    def forward(self, images=None, texts=None, *, attention_pairs=None):
+        out = super().forward(images, texts)
+        if not self.training:
+            return out
+        noisy = torch.nn.functional.normalize(out.images + 0.05 * torch.randn_like(out.images), dim=-1)
+        return replace(out, images=noisy)
+
+
+def batches(student: ToyStudent, *, bad_score: float | None = None) -> Batches:
+    pairs = CORPUS.split_pairs("train")
+    images, texts = (axis.ravel() for axis in np.meshgrid(np.unique(pairs[:, 0]), np.unique(pairs[:, 1])))
+    scores = expected_scores(images, texts)
+    if bad_score is not None:
+        scores[5] = bad_score
+    known = PairScores.of(images, texts, scores, CORPUS.n_texts)
+    live = [live_source(CORPUS, side, student) for side in ("image", "text")]
+    return Batches(BatchSampler(pairs, 6, 0), *live, CORPUS.matches, known)
+
+
+def run(
+    folder: Path, stop: int = 12, *, student: ToyStudent | None = None, meaning: str = "m", **options
+) -> ToyStudent:
+    student = student or NoisyStudent()
+    losses = options.pop("losses", LOSSES)
+    start_from = options.pop("start_from", None)
+    phase = Phase(stop, batches(student, **options), losses, meaning)
+    train(student, phase, SETTINGS, folder=folder, accelerator=Accelerator(cpu=True), start_from=start_from)
+    return student
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_training_lowers_the_loss_and_logs_every_part(tmp_path: Path) -> None:
+    run(tmp_path)
+    logged = lines(tmp_path)
+    assert [line["step"] for line in logged] == [2, 4, 6, 8, 10, 12]
+    for line in logged:
+        assert line["loss"] == pytest.approx(line["loss/contrastive"] + 0.5 * line["loss/kl"], rel=1e-5)
+        assert {"scale", "grad_norm", "items_per_second", "waiting_share", "lr"} <= set(line)
+    assert logged[-1]["loss"] < 0.8 * logged[0]["loss"]
+
+
+class StoppedError(Exception):
+    pass
+
+
+def test_a_run_that_died_goes_on_to_the_same_weights_and_losses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(tmp_path / "whole")
+    original = Batches.__getitem__
+
+    def dying(self: Batches, step: int):
+        if step == 8:
+            raise StoppedError
+        return original(self, step)
+
+    monkeypatch.setattr(Batches, "__getitem__", dying)
+    with pytest.raises(StoppedError):
+        run(tmp_path / "cut")
+    monkeypatch.undo()
+    found = latest_checkpoint(tmp_path / "cut" / "checkpoints")
+    assert found is not None
+    assert step_of(found) == 6
+    torch.manual_seed(99)  # whatever happened in between must not matter
+    resumed = run(tmp_path / "cut", student=NoisyStudent(seed=5))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path / "cut")] == [
+        (line["step"], line["loss"]) for line in lines(tmp_path / "whole")
+    ]
+
+
+def test_two_phases_equal_one(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "first", stop=5)
+    middle = latest_checkpoint(tmp_path / "first" / "checkpoints")
+    second = run(tmp_path / "second", student=NoisyStudent(seed=3), start_from=middle)
+    assert all(torch.equal(value, second.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+def test_a_run_that_means_something_else_is_not_gone_on_with(tmp_path: Path) -> None:
+    run(tmp_path, stop=6)
+    with pytest.raises(RuntimeError, match="another name"):
+        run(tmp_path, meaning="other")
+
+
+def test_an_infinite_teacher_score_stops_before_the_step(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="teacher's scores hold infinities"):
+        run(tmp_path, bad_score=math.inf)
+
+
+def test_a_loss_that_is_not_finite_names_part_and_queries(tmp_path: Path) -> None:
+    def broken(scored: Scored) -> torch.Tensor:
+        return scored.student.sum() * math.nan
+
+    with pytest.raises(TrainingError, match=r"step 0, i2t: loss 'mine' is nan.*query ids \d+"):
+        run(tmp_path, losses=Weighted((Part("mine", 1.0, broken),)))
+
+
+def test_embeddings_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    student = ToyStudent()
+    with torch.no_grad():
+        student.text_tower[3] = math.nan  # word 3, which stands in some captions only
+    with pytest.raises(TrainingError, match=r"step \d: \d+ text embeddings are not finite, ids \d+"):
+        run(tmp_path, student=student)
+
+
+def test_the_rate_rises_then_falls_to_zero() -> None:
+    rates = [SETTINGS.lr_at(step) for step in range(13)]
+    assert rates[0] == pytest.approx(0.025)
+    assert rates[1] == rates[2] == pytest.approx(0.05)
+    assert all(a > b for a, b in zip(rates[2:], rates[3:], strict=False))
+    assert rates[12] == pytest.approx(0.0)
