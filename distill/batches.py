@@ -35,12 +35,15 @@ class PairScores:
         keys, first = np.unique(image_ids * n_texts + text_ids, return_index=True)
         return cls(keys, scores[first].astype(np.float32), n_texts)
 
+    def lookup(self, image_ids: Ids, text_ids: Ids) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Scores in the shape both ids broadcast to; NaN where the teacher was not asked or an id is -1."""
+        wanted = np.where((image_ids < 0) | (text_ids < 0), -1, image_ids * self.n_texts + text_ids)
+        at = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
+        return np.where(self.keys[at] == wanted, self.scores[at], np.float32(np.nan))
+
     def grid(self, image_ids: Ids, text_ids: Ids) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Scores (images, texts); NaN where the teacher was not asked."""
-        wanted = (image_ids[:, None] * self.n_texts + text_ids[None, :]).ravel()
-        at = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
-        found = self.keys[at] == wanted
-        return np.where(found, self.scores[at], np.float32(np.nan)).reshape(len(image_ids), len(text_ids))
+        return self.lookup(image_ids[:, None], text_ids[None, :])
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,8 @@ def _phase(
     mined = mined or {}
     pairs = x.corpus.split_pairs("train")
     known = scores_of(x, pairs, mined) if distils else None
+    if known is not None:
+        _warn_of_odd_scores(x, known, mined, losses)
     per_query, seed = x.recipe.train.candidates_per_query, x.recipe.seed
     wants_maps = "student_attention" in losses.needs
     batches = Batches(
@@ -271,6 +273,24 @@ def scores_of(x: Experiment, pairs: Any, mined: Mapping[Direction, Candidates]) 
         texts.append(text_ids)
     image_ids, text_ids = np.concatenate(images), np.concatenate(texts)
     return PairScores.of(image_ids, text_ids, x.ask(image_ids, text_ids), x.corpus.n_texts)
+
+
+def _warn_of_odd_scores(
+    x: Experiment, known: PairScores, mined: Mapping[Direction, Candidates], losses: Weighted
+) -> None:
+    """Log what is odd about the scores that are about to be trained on; refuse those that are not finite."""
+    from distill.losses import check_teacher_scores
+
+    for direction, found in mined.items():
+        offsets, items = x.corpus.matches.of(direction, found.query_ids)
+        lists = np.concatenate([items[offsets[:-1], None], found.item_ids], axis=1)  # (B, 1 + K), a match first
+        queries = found.query_ids[:, None]
+        scores = known.lookup(queries, lists) if direction == "i2t" else known.lookup(lists, queries)
+        positive = np.zeros(scores.shape, np.bool_)
+        positive[:, 0] = True
+        parts = {part.name: part.loss for part in losses.parts}
+        for warning in check_teacher_scores(scores, ~np.isnan(scores), positive, losses=parts):
+            log.warning("teacher scores, %s: %s", direction, warning)
 
 
 def pair_maps(x: Experiment, pairs: Any) -> PairMaps:

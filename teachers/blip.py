@@ -229,20 +229,11 @@ class BlipTeacher(nn.Module):
 
     def score(self, images: Memory, texts: Memory, image_rows: Tensor, text_rows: Tensor) -> Tensor:
         """Raw scores (P,) float32 of ``score_kind``; keys and values are computed per image and chunk, not per pair."""
-        itm.check_rows(images, texts, image_rows, text_rows)
-        kind = self.score_kind
-        logits = cosine = None
-        if itm.needs_logits(kind):
-            logits = self._matching_logits(images, texts, image_rows, text_rows)
-        if itm.needs_cosine(kind):
-            cosine = itm.pair_cosine(images, texts, image_rows, text_rows)
-        return itm.scores_from(kind, logits, cosine)
+        return itm.pair_scores(self.score_kind, self._matching_logits, images, texts, (image_rows, text_rows))
 
     def pair_logits(self, images: Memory, texts: Memory, image_rows: Tensor, text_rows: Tensor) -> Tensor:
         """Log-odds (P,) of a match, with gradient."""
-        itm.check_rows(images, texts, image_rows, text_rows)
-        logits = self._matching_logits(images, texts, image_rows, text_rows)
-        return itm.scores_from("log_odds", logits, None)
+        return itm.pair_scores("log_odds", self._matching_logits, images, texts, (image_rows, text_rows))
 
     def attention_maps(self, images: Memory, texts: Memory, image_rows: Tensor, text_rows: Tensor) -> Tensor:
         """Log-probabilities (P, L, G) of the last layer's cross-attention; L is that of the text memory."""

@@ -6,6 +6,7 @@ Shape key: ``P`` pairs, ``U`` distinct items, ``D`` width.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,18 +44,25 @@ def scores_from(kind: ScoreKind, logits: Tensor | None, cosine: Tensor | None) -
 
 
 def _given(value: Tensor | None) -> Tensor:
-    assert value is not None, "the caller computes what needs_logits and needs_cosine ask for"
+    assert value is not None, "pair_scores computes what the kind reads"
     return value
 
 
-def needs_logits(kind: ScoreKind) -> bool:
-    """Whether the kind reads the matching head."""
-    return kind != "cosine"
+def pair_scores(
+    kind: ScoreKind,
+    matching: Callable[[Memory, Memory, Tensor, Tensor], Tensor],
+    images: Memory,
+    texts: Memory,
+    rows: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Raw scores (P,) float32 of the pairs of image and text ``rows``; each head runs only where the kind reads it.
 
-
-def needs_cosine(kind: ScoreKind) -> bool:
-    """Whether the kind reads the contrastive head."""
-    return "cosine" in kind
+    ``matching`` gives the two ITM logits (P, 2) of pairs. ValueError where the rows do not make pairs.
+    """
+    check_rows(images, texts, *rows)
+    logits = None if kind == "cosine" else matching(images, texts, *rows)
+    cosine = pair_cosine(images, texts, *rows) if "cosine" in kind else None
+    return scores_from(kind, logits, cosine)
 
 
 def pair_cosine(images: Memory, texts: Memory, image_rows: Tensor, text_rows: Tensor) -> Tensor:

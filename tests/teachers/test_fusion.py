@@ -10,7 +10,7 @@ from teachers import FusionDesign, FusionOptions, FusionTeacher
 from teachers.backbones import most_text_tokens
 from teachers.grouping import group_by_image
 from teachers.layers import Packing, text_only
-from tests.teachers.tiny_teachers import TEXTS, cnn, every_pair, fusion, memories, pictures, text_model, tokenizer
+from tests.teachers.tiny_teachers import TEXTS, blip, cnn, every_pair, fusion, memories, pictures, text_model, tokenizer
 
 FAMILIES = ("bert", "electra", "roberta")
 FROZEN = FusionDesign(embed_dim=16, frozen_text_layers=2)
@@ -453,3 +453,19 @@ def test_pretrained_backbones(tmp_path):
         )
     assert scores.isfinite().all()
     assert torch.equal(scores, same)
+
+
+@pytest.mark.parametrize("make", [fusion, blip])
+def test_identity_of_prepared_inputs_follows_what_prepares_them(make):
+    base = make()
+    image, text = base.prepare_identity("image"), base.prepare_identity("text")
+    assert image != text
+    memories(base)
+    trained = make(score_kind="logit", pairs_per_chunk=3)
+    assert (trained.prepare_identity("image"), trained.prepare_identity("text")) == (image, text)
+    for other in (make(prompt="w1 "), make(max_text_length=9)):
+        assert other.prepare_identity("image") == image
+        assert other.prepare_identity("text") != text
+    processor = base.image.processor if make is fusion else base.image_processor
+    processor.image_std = (0.4, 0.5, 0.5)
+    assert base.prepare_identity("image") != image
