@@ -126,7 +126,9 @@ def trained_arm(x: Experiment, name: str) -> Path:
             if checkpoint is not None:
                 load_weights(checkpoint, student)
             mined = candidates(x, stretch, student=student, folder=folder) if arm.uses_candidates else {}
-            phase = _phase(x, student, losses, stretch, recipe_of_losses=arm.losses, mined=mined, distils=arm.distils)
+            phase = _phase(
+                x, student, losses, stretch, recipe_of_losses=arm.losses, mined=mined, scores=arm.reads_scores
+            )
             reached = train(
                 student, phase, x.train_settings(), folder=folder, accelerator=x.accelerator, start_from=checkpoint
             )
@@ -155,13 +157,13 @@ def _phase(
     *,
     recipe_of_losses: Sequence[Any],
     mined: Mapping[Direction, Candidates] | None = None,
-    distils: bool = False,
+    scores: bool = False,
 ) -> Phase:
     from distill.train import Phase
 
     mined = mined or {}
     pairs = x.corpus.split_pairs("train")
-    known = scores_of(x, pairs, mined) if distils else None
+    known = scores_of(x, pairs, mined) if scores else None
     if known is not None:
         _warn_of_odd_scores(x, known, mined, losses)
     per_query, seed = x.recipe.train.candidates_per_query, x.recipe.seed

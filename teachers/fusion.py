@@ -152,7 +152,7 @@ class FusionTeacher(nn.Module):
         weights = {name: tensor for name, tensor in self.state_dict().items() if name != "logit_scale"}
         return fingerprint(
             {"teacher": "fusion", "version": SCORING_VERSION, "score_kind": self.score_kind},
-            {"fusion_layers": self.design.fusion_layers, "deep_text_embedding": self.design.deep_text_embedding},
+            {"fusion_layers": self.design.fusion_layers, "contrastive_text": self.design.contrastive_text},
             weights_fingerprint(weights.items()),
             *self.image.states(),
             *self.text.states(),
@@ -196,7 +196,7 @@ class FusionTeacher(nn.Module):
         """Outputs of the frozen part of a side for prepared inputs; ValueError where nothing of it is frozen.
 
         Image: ``grid`` (N, G, C) and, where the backbone has class or register tokens, ``others`` (N, R, C). Text:
-        ``hidden`` (N, L, H), ``attention_mask`` (N, L).
+        ``hidden`` (N, L, H), ``attention_mask`` (N, L), and where the design reads it ``sentence`` (N, H).
         """
         if not (self.design.freeze_vision if side == "image" else self.design.frozen_text_layers):
             raise ValueError(f"nothing of the {side} side is frozen; see freeze_vision and frozen_text_layers")

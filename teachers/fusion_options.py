@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from distill.protocols import ScoreKind
 from teachers.itm import check_score_kind
+
+ContrastiveText = Literal["deep", "shallow", "sentence"]
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,11 @@ class FusionDesign:
     image_input_dropout: of the pooled features that the contrastive image head reads; in training only. On frozen
         features it keeps the head from learning them by heart.
     text_input_dropout: the same for the contrastive text head.
-    deep_text_embedding: the contrastive text vector is read after all text layers, run without cross-attention (as in
-        BLIP); else after the layers before the first cross-attention (as in ALBEF), which is cheaper and knows less.
+    contrastive_text: what the contrastive text vector is read from. "deep": all text layers, run without
+        cross-attention (as in BLIP). "shallow": the layers before the first cross-attention (as in ALBEF), cheaper
+        and less able. "sentence": the mean over tokens of the pretrained encoder's own last layer, of which a frozen
+        copy is kept; it needs all layers before the first cross-attention frozen, costs nothing in training, and
+        suits sentence encoders.
     """
 
     fusion_layers: int = 2
@@ -30,7 +36,7 @@ class FusionDesign:
     frozen_text_layers: int = 0
     embed_dim: int = 256
     dropout: float = 0.1
-    deep_text_embedding: bool = True
+    contrastive_text: ContrastiveText = "deep"
     image_input_dropout: float = 0.0
     text_input_dropout: float = 0.0
 
@@ -39,6 +45,9 @@ class FusionDesign:
             raise ValueError(f"fusion_layers is {self.fusion_layers}; expected at least 1")
         if self.frozen_text_layers < 0:
             raise ValueError(f"frozen_text_layers is {self.frozen_text_layers}; expected 0 (none) or more")
+        if self.contrastive_text not in get_args(ContrastiveText):
+            allowed = ", ".join(map(repr, get_args(ContrastiveText)))
+            raise ValueError(f"contrastive_text is {self.contrastive_text!r}; expected one of {allowed}")
         if self.embed_dim < 1:
             raise ValueError(f"embed_dim is {self.embed_dim}; expected at least 1")
         for name in ("dropout", "image_input_dropout", "text_input_dropout"):
@@ -50,6 +59,11 @@ class FusionDesign:
         if self.fusion_layers > text_layers:
             raise ValueError(f"fusion_layers is {self.fusion_layers}; the text encoder has {text_layers} layers")
         before = text_layers - self.fusion_layers
+        if self.contrastive_text == "sentence" and self.frozen_text_layers != before:
+            raise ValueError(
+                f"contrastive_text 'sentence' reads the pretrained encoder, so the {before} layers before the first "
+                f"cross-attention must be frozen; frozen_text_layers is {self.frozen_text_layers}: set it to {before}"
+            )
         if self.frozen_text_layers > before:
             raise ValueError(
                 f"frozen_text_layers is {self.frozen_text_layers}; only the {before} layers before the first "

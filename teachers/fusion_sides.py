@@ -6,6 +6,7 @@ backbone width, ``H`` text width, ``D`` embedding width.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -110,6 +111,9 @@ class TextSide(nn.Module):
             dropout=design.dropout,
             input_dropout=design.text_input_dropout,
         )
+        self.pretrained = nn.ModuleList()  # the fused layers as they were, for what reads the pretrained encoder
+        if design.contrastive_text == "sentence":
+            self.pretrained.extend(copy.deepcopy(layer) for layer in self.encoder.encoder.layer[self._split :])
         for module in self.encoder.modules():
             if isinstance(module, nn.Dropout):
                 module.p = design.dropout
@@ -138,6 +142,7 @@ class TextSide(nn.Module):
             if hasattr(self.encoder, "embeddings_project"):
                 yield self.encoder.embeddings_project
             yield from self.encoder.encoder.layer[: self.design.frozen_text_layers]
+        yield from self.pretrained
 
     def states(self) -> tuple[Any, ...]:
         """What decides the encoder's output beside its weights, for fingerprints."""
@@ -150,17 +155,25 @@ class TextSide(nn.Module):
         return fingerprint("fusion text", FREEZING_VERSION, weights, *self.states()) if weights else None
 
     def freeze(self, inputs: Inputs) -> Inputs:
-        """Outputs of the frozen layers: ``hidden`` (N, L, H) and ``attention_mask`` (N, L)."""
+        """Outputs of the frozen layers: ``hidden`` (N, L, H), ``attention_mask`` (N, L), maybe ``sentence`` (N, H)."""
         device = self.encoder.device
         attention = inputs["attention_mask"].to(device)
         if "hidden" in inputs:
-            return {"hidden": inputs["hidden"].to(device, self.encoder.dtype), "attention_mask": attention}
+            kept = {
+                name: inputs[name].to(device, self.encoder.dtype) for name in ("hidden", "sentence") if name in inputs
+            }
+            return {**kept, "attention_mask": attention}
         count = self.design.frozen_text_layers
         with torch.no_grad() if count else nullcontext():
             packing = layers.Packing.of(attention)
             states = packing.pack(embed_tokens(self.encoder, inputs["input_ids"].to(device)))
             states = layers.text_only(self.encoder.encoder.layer[:count], states, packing)
-        return {"hidden": packing.pad(states), "attention_mask": attention}
+            frozen = {"hidden": packing.pad(states), "attention_mask": attention}
+            if self.pretrained:
+                last = packing.pad(layers.text_only(list(self.pretrained), states, packing))
+                real = attention.to(last.dtype).unsqueeze(-1)  # (N, L, 1)
+                frozen["sentence"] = (last * real).sum(dim=1) / real.sum(dim=1).clamp(min=1)
+        return frozen
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """What the fused layers read (N, L, H), its mask (N, L), and the contrastive vectors (N, D)."""
@@ -169,7 +182,11 @@ class TextSide(nn.Module):
         packing = layers.Packing.of(attention)
         before = self.encoder.encoder.layer[self.design.frozen_text_layers : self._split]
         states = layers.text_only(before, packing.pack(first["hidden"]), packing)
-        deep = layers.text_only(self.fused_layers, states, packing) if self.design.deep_text_embedding else states
+        if self.design.contrastive_text == "sentence":
+            return packing.pad(states), attention, self.head(first["sentence"][:, None])
+        deep = (
+            layers.text_only(self.fused_layers, states, packing) if self.design.contrastive_text == "deep" else states
+        )
         return packing.pad(states), attention, self.head(packing.pad(deep), attention)
 
 

@@ -39,14 +39,20 @@ MAPLESS = "teacher={kind: custom, target: 'tests.toys:ToyTeacher'}"
         (["train.steps=many"], "train.steps: Input should be a valid integer"),
         (["mine.k=500"], "mine.k (i2t):"),
         (["train.batch_size=1000"], "train.batch_size is 1000 but the training split has 120 pairs"),
-        ([ATTENTION, MAPLESS, "teach=null"], "the attention loss reads the teacher's cross-attention, but ToyTeacher has no"),
+        (
+            [ATTENTION, MAPLESS, "teach=null"],
+            "the attention loss reads the teacher's cross-attention, but ToyTeacher has no",
+        ),
         ([ATTENTION, "student.vision.patch_size=12"], "the teacher's image grid is (3, 3) and the student's (4, 4)"),
         ([MAPLESS], "ToyTeacher cannot be taught"),
         (["teacher.checkpoint=/no/such/folder", "teach=null"], "/no/such/folder"),
         (["data={source: manifest, file: /no/such.jsonl}"], "/no/such.jsonl"),
         (["data={source: karpathy, annotations: /no/such.json, images: /}"], "/no/such.json"),
         (["evaluate.split=dev"], "dev"),
-        (["arms.distilled.losses=[{name: cprd}]", "teacher.score_kind=cosine"], "cprd accepts candidates by their log-odds"),
+        (
+            ["arms.distilled.losses=[{name: cprd}]", "teacher.score_kind=cosine"],
+            "cprd accepts candidates by their log-odds",
+        ),
     ],
 )
 def test_a_wrong_recipe_is_refused_within_ten_seconds(tmp_path: Path, overrides: list[str], message: str) -> None:

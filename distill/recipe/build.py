@@ -128,13 +128,14 @@ def _blip(recipe: schema.BlipTeacherRecipe, corpus: Corpus, source: str | None) 
         return BlipTeacher.from_pretrained(source, options=options)
     text = {
         **_tower(recipe.text),
+        **_spread(recipe.text),
         "encoder_hidden_size": recipe.vision.width,
         "max_position_embeddings": max(64, recipe.max_text_length),
         "hidden_dropout_prob": recipe.text.dropout,
         "attention_probs_dropout_prob": recipe.text.dropout,
     }
     return BlipTeacher.from_config(
-        vision={**_tower(recipe.vision), "patch_size": recipe.vision.patch_size},
+        vision={**_tower(recipe.vision), **_spread(recipe.vision), "patch_size": recipe.vision.patch_size},
         text=text,
         embed_dim=recipe.embed_dim,
         image_size=recipe.image_size,
@@ -163,6 +164,11 @@ def _tower(tower: schema.TinyTower) -> dict[str, Any]:
         "num_attention_heads": tower.heads,
         "intermediate_size": tower.mlp_width or 4 * tower.width,
     }
+
+
+def _spread(tower: schema.TinyTower) -> dict[str, float]:
+    """Spread of the random weights. The usual 0.02 suits 768 wide; at 96 wide it slows a BLIP several times."""
+    return {"initializer_range": 0.6 * tower.width**-0.5}
 
 
 def _vocabulary(corpus: Corpus, size: int) -> PreTrainedTokenizerBase:

@@ -82,14 +82,19 @@ class ArmRecipe(Strict):
     losses: tuple[LossPart, ...]
 
     @property
+    def reads_scores(self) -> bool:
+        """Whether any part reads the teacher's scores, so that candidates must be mined and scored."""
+        return any(part.reads_scores for part in self.losses)
+
+    @property
     def distils(self) -> bool:
-        """Whether any part reads the teacher's scores."""
-        return any(part.name != "contrastive" and getattr(part, "reads_teacher", True) for part in self.losses)
+        """Whether any part needs the teacher at all."""
+        return self.reads_scores or any(part.name == "attention" for part in self.losses)
 
     @property
     def uses_candidates(self) -> bool:
         """Whether mined candidates join the batches."""
-        return self.distils or any(getattr(part, "negatives", None) == "all" for part in self.losses)
+        return self.reads_scores or any(getattr(part, "negatives", None) == "all" for part in self.losses)
 
 
 class Recipe(Strict):

@@ -14,6 +14,11 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class _Part(Strict):
     weight: Weight = 1.0
 
+    @property
+    def reads_scores(self) -> bool:
+        """Whether the loss reads the teacher's scores."""
+        return True
+
     def given(self) -> dict[str, Any]:
         """Options to be passed to the loss."""
         return self.model_dump(exclude={"name", "weight"})
@@ -27,6 +32,11 @@ class Contrastive(_Part):
     train_scale: bool = True
     positives: Literal["softmax_all", "shared"] = "softmax_all"
     negatives: Literal["in_batch", "all"] = "in_batch"
+
+    @property
+    def reads_scores(self) -> bool:
+        """It needs no teacher."""
+        return False
 
 
 class Cprd(_Part):
@@ -82,13 +92,23 @@ class Attention(_Part):
 
     name: Literal["attention"]
 
+    @property
+    def reads_scores(self) -> bool:
+        """It reads the teacher's maps of labelled pairs, and no scores."""
+        return False
+
 
 class CustomLoss(_Part, Target):
     """A function of the user's own, ``Scored`` to a scalar, by import path; a class is made with ``options`` first."""
 
     name: Literal["custom"]
     label: str = "custom"
-    reads_teacher: bool = True
+    teacher: bool = Field(default=True, description="whether it reads the teacher's scores")
+
+    @property
+    def reads_scores(self) -> bool:
+        """As the recipe says."""
+        return self.teacher
 
 
 LossPart = Annotated[Contrastive | Cprd | MarginMse | M3se | Kl | Attention | CustomLoss, Field(discriminator="name")]

@@ -150,7 +150,7 @@ class FusionTeacherRecipe(Strict):
     frozen_text_layers: Natural = 0
     embed_dim: Count = 256
     dropout: Share = 0.1
-    deep_text_embedding: bool = True
+    contrastive_text: Literal["deep", "shallow", "sentence"] = "deep"
     image_input_dropout: Share = 0.0
     text_input_dropout: Share = 0.0
     score_kind: ScoreKind = "log_odds"

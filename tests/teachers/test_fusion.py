@@ -76,17 +76,39 @@ def test_starts_as_the_pretrained_text_encoder(family):
     torch.testing.assert_close(fused, expected[real], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("deep", [True, False])
-def test_text_vector_is_read_where_the_design_says(deep):
-    design = FusionDesign(embed_dim=16, fusion_layers=1, deep_text_embedding=deep)
+@pytest.mark.parametrize(("kind", "layer"), [("deep", 4), ("shallow", 3)])
+def test_text_vector_is_read_where_the_design_says(kind, layer):
+    design = FusionDesign(embed_dim=16, fusion_layers=1, contrastive_text=kind)
     teacher = fusion(design)
     inputs = teacher.prepare_texts(TEXTS)
     with torch.no_grad():
-        states = teacher.text.encoder(**inputs, output_hidden_states=True).hidden_states[4 if deep else 3]
+        states = teacher.text.encoder(**inputs, output_hidden_states=True).hidden_states[layer]
         expected = teacher.text.head(states, inputs["attention_mask"])
         got = teacher.encode_texts(inputs)["embedding"]
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(got.norm(dim=1), torch.ones(len(TEXTS)))
+
+
+def test_the_sentence_vector_stays_that_of_the_pretrained_encoder():
+    design = FusionDesign(embed_dim=16, fusion_layers=1, frozen_text_layers=3, contrastive_text="sentence")
+    teacher = fusion(design, shaken=False)
+    inputs = teacher.prepare_texts(TEXTS)
+    with torch.no_grad():
+        states = teacher.text.encoder(**inputs).last_hidden_state
+        real = inputs["attention_mask"].unsqueeze(-1)
+        expected = teacher.text.head(((states * real).sum(1) / real.sum(1))[:, None])
+        before = teacher.encode_texts(inputs)["embedding"]
+        torch.testing.assert_close(before, expected, atol=1e-5, rtol=1e-5)
+        for parameter in teacher.text.encoder.encoder.layer[3].parameters():
+            parameter.add_(0.1)  # as teaching does
+        kept = teacher.freeze("text", inputs)
+        assert torch.equal(teacher.encode_texts(inputs)["embedding"], before)
+        assert torch.equal(teacher.encode_texts(kept)["embedding"], before)
+
+
+def test_the_sentence_vector_needs_everything_before_it_frozen():
+    with pytest.raises(ValueError, match="set it to 3"):
+        fusion(FusionDesign(embed_dim=16, fusion_layers=1, frozen_text_layers=1, contrastive_text="sentence"))
 
 
 def test_pooled_head_starts_as_a_mean_over_real_tokens():
@@ -337,7 +359,7 @@ def test_identity_changes_with_whatever_could_change_a_score():
         "kind": fusion(score_kind="logit").identity,
         "dtype": fusion().to(torch.float64).identity,
         "layers": fusion(FusionDesign(embed_dim=16, fusion_layers=1)).identity,
-        "depth": fusion(FusionDesign(embed_dim=16, deep_text_embedding=False)).identity,
+        "depth": fusion(FusionDesign(embed_dim=16, contrastive_text="shallow")).identity,
     }
     for name in (
         "itm_head.layers.3.weight",
