@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,16 @@ from students.identity import config_state, image_processor_state, tokenizer_sta
 from students.layout import check_fresh_poolers, keep_reached, look_at
 from students.options import MAX_SCALE, DualOptions
 from students.pooling import AttentionHeads, MlpHead
-from students.reading import Reading, modules_after, projection_of, read_images, read_texts, text_inputs, tower_of
+from students.reading import (
+    Reading,
+    by_length,
+    modules_after,
+    projection_of,
+    read_images,
+    read_texts,
+    text_inputs,
+    tower_of,
+)
 from students.towers import Parts, join_towers, load_checkpoint
 
 if TYPE_CHECKING:
@@ -204,7 +214,7 @@ class DualEncoder(nn.Module):
             raise ValueError(
                 f"the {side} tower trains, its outputs cannot be kept; frozen are {sorted(self.options.freeze)}"
             )
-        seen = self._read(side, inputs)
+        seen = self._read(side, inputs) if side == "image" else by_length(partial(self._read, side), inputs)
         kept = {"pooled": seen.pooled}
         if self.options.tokens and seen.tokens is not None:
             kept["tokens"] = seen.tokens

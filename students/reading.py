@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.nn import functional
 
 from students.pooling import cells_of, masked_mean
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -81,6 +82,24 @@ def read_texts(model: PreTrainedModel, inputs: Inputs, options: DualOptions, *, 
     if model.config.model_type == "siglip":
         return Reading(hidden[:, -1], hidden, mask)  # before the tower's own head, which is this family's projection
     return Reading(seen.pooler_output, hidden, mask)
+
+
+def by_length(read: Callable[[Inputs], Reading], inputs: Inputs, *, part: int = 32) -> Reading:
+    """What ``read`` gives for a batch, run in parts of texts of like length: half of a mixed batch is padding."""
+    mask = inputs.get("attention_mask")
+    if mask is None or len(mask) <= part:  # a fixed length has nothing to save
+        return read(inputs)
+    lengths = mask.sum(dim=1)
+    places = lengths.argsort(stable=True)
+    parts = [places[start : start + part] for start in range(0, len(places), part)]
+    seen = [read({name: value[at][:, : int(lengths[at].max())] for name, value in inputs.items()}) for at in parts]
+    back = places.argsort()
+    pooled = torch.cat([one.pooled for one in seen])[back]
+    tokens = [one.tokens for one in seen if one.tokens is not None]
+    if not tokens:
+        return Reading(pooled, None, mask)
+    padded = [functional.pad(states, (0, 0, 0, mask.shape[1] - states.shape[1])) for states in tokens]
+    return Reading(pooled, torch.cat(padded)[back], mask)
 
 
 @dataclass(frozen=True)

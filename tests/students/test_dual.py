@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 
 from distill.protocols import Freezable
 from students import DualEncoder, DualOptions
+from students.reading import Reading, by_length
 from tests.students.small_texts import TEXTS, TOWER
 
 FAMILIES = ["clip", "siglip", "vit", "mobilenet"]
@@ -363,3 +364,23 @@ def test_calls_that_cannot_be_served(make_config, pictures):
     with pytest.raises(ValueError, match="no text"):
         student.prepare_texts([])
     assert student.options == replace(student.options)
+
+
+def test_frozen_texts_read_in_parts_by_length_are_those_read_at_once():
+    words = ["a", "b c d e", "f g", "h i j k l m", "n o", "p q r"]
+
+    def read(inputs):
+        hidden = inputs["input_ids"].unsqueeze(-1).float() * torch.tensor([1.0, 10.0])
+        mask = inputs["attention_mask"]
+        return Reading((hidden * mask.unsqueeze(-1)).sum(dim=1), hidden * mask.unsqueeze(-1), mask)
+
+    longest = max(len(word.split()) for word in words)
+    rows = [[ord(letter) for letter in word.split()] for word in words]
+    inputs = {
+        "input_ids": torch.tensor([row + [0] * (longest - len(row)) for row in rows]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
+    }
+    whole, parts = read(inputs), by_length(read, inputs, part=2)
+    assert torch.equal(parts.pooled, whole.pooled)
+    assert torch.equal(parts.tokens, whole.tokens)
+    assert torch.equal(parts.mask, whole.mask)
