@@ -186,7 +186,7 @@ def _phase(
         *(array for found in mined.values() for array in (found.query_ids, found.item_ids)),
         *((known.keys, known.scores) if known is not None else ()),
     )
-    return Phase(stretch.stop, batches, losses, meaning)
+    return Phase(stretch.start, stretch.stop, batches, losses, meaning)
 
 
 _MEANING_OF_TRAIN = {

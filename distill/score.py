@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -98,6 +98,10 @@ def score_pairs(
     started = time.monotonic()
     images, texts = _distinct(store, image_ids, text_ids, options.shard)
     missing = store.missing(images, texts)
+    # Cut before leaving out what is there: a score's last digits depend on what it is computed beside, and so a run
+    # that was killed computes its unfinished units as it would have.
+    units = _missing_units(_unit_cuts(images, options.pairs_per_unit), missing)
+    every_text = np.unique(texts)
     images, served, texts = images[missing], int((~missing).sum()), texts[missing]
     if len(images):
         run = _Run(teacher, text_source, options)
@@ -105,8 +109,7 @@ def score_pairs(
             evaluating(teacher),
             Progress(len(images), "scoring", unit="pairs", show=options.show_progress) as progress,
         ):
-            run.prepare_texts(np.unique(texts))
-            units = [slice(*cut) for cut in _unit_cuts(images, options.pairs_per_unit)]
+            run.prepare_texts(every_text, needed=np.unique(texts))
             scored = run.score(images, texts, units, image_source)
             for unit, scores in zip(units, scored, strict=True):
                 store.write_unit(images[unit], texts[unit], scores)
@@ -158,6 +161,13 @@ def _unit_cuts(images: Ids, pairs_per_unit: int) -> list[tuple[int, int]]:
     return list(zip(cuts[:-1], cuts[1:], strict=True))
 
 
+def _missing_units(cuts: list[tuple[int, int]], missing: np.ndarray[Any, np.dtype[np.bool_]]) -> list[slice]:
+    """The units as slices of the missing pairs alone; those with none are left out."""
+    before = np.concatenate([[0], np.cumsum(missing)])
+    units = [slice(int(before[start]), int(before[stop])) for start, stop in cuts]
+    return [unit for unit in units if unit.start < unit.stop]
+
+
 class _Pieces:
     """Does work on ranges of at most ``size``, and halves ``size`` when the device runs out of memory."""
 
@@ -198,10 +208,17 @@ class _Run:
         self._pairs = _Pieces(options.pairs_per_chunk, "pairs")
         self._texts: tuple[Ids, Memory] | None = None  # ids ascending and their memory: all of the run, or none
 
-    def prepare_texts(self, text_ids: Ids) -> None:
-        """Encode all texts (ids ascending) now if their memory fits the budget, judged by the first batch."""
+    def prepare_texts(self, text_ids: Ids, *, needed: Ids) -> None:
+        """Encode the needed texts now, with what shares their batches, if their memory fits the budget.
+
+        Both ascending. Batches are cut over all of ``text_ids``, so that a text is always encoded beside the same ones.
+        """
         memories: list[Mapping[str, Tensor]] = []
-        for memory in self._encoded_texts(text_ids):
+        batches = [
+            batch for batch in batches_of(text_ids, self._options.texts_per_batch) if np.isin(batch, needed).any()
+        ]
+        text_ids = np.concatenate(batches)
+        for memory in self._encoded_texts(batches):
             memories.append(memory)
             so_far = sum(tensor.numel() * tensor.element_size() for part in memories for tensor in part.values())
             seen = min(len(text_ids), len(memories) * self._options.texts_per_batch)
@@ -226,7 +243,7 @@ class _Run:
         for (n, block), inputs in prepared:
             if self._texts is None and not done:
                 text_ids = np.unique(texts[units[n]])
-                memory = joined(list(self._encoded_texts(text_ids)))
+                memory = joined(list(self._encoded_texts(batches_of(text_ids, self._options.texts_per_batch))))
             image_rows = np.unique(images[block], return_inverse=True)[1]
             done += self._score_block(inputs, memory, image_rows, np.searchsorted(text_ids, texts[block]))
             if block is last[n]:
@@ -239,8 +256,7 @@ class _Run:
         for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), unit.stop], strict=True):
             yield slice(start, stop)
 
-    def _encoded_texts(self, text_ids: Ids) -> Iterator[Memory]:
-        batches = batches_of(text_ids, self._options.texts_per_batch)
+    def _encoded_texts(self, batches: list[Ids]) -> Iterator[Memory]:
         for _, inputs in prefetched(self._text_source, batches):
             yield self._teacher.encode_texts(to_device(inputs, self._options.device))
 

@@ -18,7 +18,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from distill.batches import Batches, StepBatch
-from distill.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from distill.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, step_of
 from distill.losses.combine import NonFiniteLossError, Weighted
 from distill.progress import Progress
 from distill.protocols import Direction, Embeddings, Inputs, Scored
@@ -59,6 +59,7 @@ class TrainSettings:
 class Phase:
     """One stretch of a training: from a step to a step, with one loss and one set of batches."""
 
+    start: int
     stop: int
     batches: Batches
     losses: Weighted
@@ -148,7 +149,7 @@ def train(
 def _restore(restored: list[Path | None], model: nn.Module, optimizer: Any, phase: Phase, *, scaler: Any) -> int:
     """Steps done: from this phase's own newest checkpoint, else from the end of the phase before, else 0."""
     own, before = restored
-    if own is not None:
+    if own is not None and step_of(own) > phase.start:  # else it is the end of the phase before
         step = load_checkpoint(own, model=model, optimizer=optimizer, meaning=phase.meaning, scaler=scaler)
         log.info("goes on from %s: weights, optimizer and random state after step %d", own, step)
         return step

@@ -12,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distill.embed import live_source
 from distill.inference import joined
 from distill.score import ScoreOptions, _unit_cuts, score_pairs, teacher_scores
 from distill.store import MissingScoresError, NonFiniteScoresError, ScoreStore
-from tests.toys import ToyTeacher, expected_scores, toy_caption
+from tests.toys import ToyTeacher, expected_scores, toy_caption, toy_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
 N_IMAGES, N_TEXTS = 40, 60
@@ -280,3 +281,45 @@ def test_scoring_killed_in_the_middle_ends_with_the_same_scores(tmp_path):
     np.testing.assert_array_equal(
         teacher_scores(make(tmp_path, ToyTeacher()), images, captions), expected_scores(images, captions)
     )
+
+
+def test_a_unit_left_unfinished_is_computed_beside_the_same_pairs(tmp_path):
+    corpus = toy_corpus(24)
+    images, texts = (axis.ravel() for axis in np.meshgrid(np.arange(24), np.arange(48), indexing="ij"))
+
+    def calls(store, asked_images, asked_texts):
+        teacher, seen = ToyTeacher(), []
+        plain = teacher.score
+        teacher.score = lambda i, t, rows, columns: (
+            seen.append((i["number"][rows].tolist(), t["input_ids"][columns, 0].tolist())) or plain(i, t, rows, columns)
+        )
+        score_pairs(
+            teacher,
+            store,
+            asked_images,
+            asked_texts,
+            image_source=live_source(corpus, "image", teacher),
+            text_source=live_source(corpus, "text", teacher),
+            options=ScoreOptions(pairs_per_unit=250, pairs_per_chunk=64, show_progress=False),
+        )
+        return seen
+
+    def store(name):
+        identity = ToyTeacher().identity
+        return ScoreStore(
+            tmp_path / name,
+            teacher_identity=identity,
+            corpus_fingerprint=corpus.fingerprint,
+            score_kind="log_odds",
+            n_images=24,
+            n_texts=48,
+        )
+
+    whole = calls(store("whole"), images, texts)
+    cut = store("cut")
+    calls(cut, images, texts)
+    for unit in sorted(cut.folder.glob("unit-*.parquet"), key=lambda path: path.stat().st_mtime_ns)[2:4]:
+        unit.unlink()
+    again = calls(store("cut"), images, texts)
+    assert again, "the lost units must be asked for again"
+    assert all(call in whole for call in again)

@@ -64,7 +64,8 @@ def run(
     student = student or NoisyStudent()
     losses = options.pop("losses", LOSSES)
     start_from = options.pop("start_from", None)
-    phase = Phase(stop, batches(student, **options), losses, meaning)
+    start = options.pop("start", 0)
+    phase = Phase(start, stop, batches(student, **options), losses, meaning)
     train(student, phase, SETTINGS, folder=folder, accelerator=Accelerator(cpu=True), start_from=start_from)
     return student
 
@@ -120,6 +121,17 @@ def test_two_phases_equal_one(tmp_path: Path) -> None:
     middle = latest_checkpoint(tmp_path / "first" / "checkpoints")
     second = run(tmp_path / "second", student=NoisyStudent(seed=3), start_from=middle)
     assert all(torch.equal(value, second.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+def test_a_second_phase_in_the_same_folder_may_mean_something_else(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "two", stop=5, meaning="first")
+    middle = latest_checkpoint(tmp_path / "two" / "checkpoints")
+    student = NoisyStudent(seed=3)
+    second = run(tmp_path / "two", student=student, start=5, start_from=middle, meaning="second")
+    assert all(torch.equal(value, second.state_dict()[name]) for name, value in whole.state_dict().items())
+    with pytest.raises(RuntimeError, match="another name"):
+        run(tmp_path / "two", start=5, start_from=middle, meaning="third")
 
 
 def test_a_run_that_means_something_else_is_not_gone_on_with(tmp_path: Path) -> None:
