@@ -44,7 +44,7 @@ def taught_teacher(x: Experiment) -> Path:
     folder = x.folder / "teacher"
     meaning = fingerprint(
         x.corpus.fingerprint,
-        x.recipe.teacher.model_dump(mode="json", exclude={"score_kind", "enc_token"}),
+        x.recipe.teacher.model_dump(mode="json", exclude={"score_kind", "enc_token", "cosine_weight"}),
         x.recipe.teach.model_dump(mode="json"),
         x.recipe.seed,
     )

@@ -22,6 +22,7 @@ from accelerate.utils import set_seed
 
 from distill.batches import Batches, StepBatch
 from distill.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from distill.inference import reproducible
 from distill.losses.contrastive import Contrastive
 from distill.progress import Progress
 from distill.protocols import Scored
@@ -95,7 +96,7 @@ def teach(
         start = load_checkpoint(found, model=model, optimizer=optimizer, meaning=meaning)
         log.info("teaching goes on from step %d", start)
     accuracy, began, since = 0.5, time.perf_counter(), start
-    with Progress(settings.steps - start, "teach", unit="steps") as bar:
+    with reproducible(accelerator.device), Progress(settings.steps - start, "teach", unit="steps") as bar:
         for step in range(start, settings.steps):
             batch = batches[step]
             for group, lr in zip(optimizer.param_groups, base_lrs, strict=True):

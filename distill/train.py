@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from distill.batches import Batches, StepBatch
 from distill.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, step_of
+from distill.inference import reproducible
 from distill.losses.combine import NonFiniteLossError, Weighted
 from distill.progress import Progress
 from distill.protocols import Direction, Embeddings, Inputs, Scored
@@ -114,7 +115,10 @@ def train(
         set_seed(settings.seed)  # whatever was computed before, the first step finds the same random state
     done = latest_checkpoint(checkpoints)
     meter = Meter(folder / "metrics.jsonl", start, settings)
-    with Progress(phase.stop - start, f"train {folder.name}", unit="steps") as bar:
+    with (
+        reproducible(accelerator.device),
+        Progress(phase.stop - start, f"train {folder.name}", unit="steps") as bar,
+    ):
         for batch, waited in _load(phase.batches, start, phase.stop, settings.workers):
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr_at(batch.step)

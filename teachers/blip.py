@@ -229,7 +229,8 @@ class BlipTeacher(nn.Module):
 
     def score(self, images: Memory, texts: Memory, image_rows: Tensor, text_rows: Tensor) -> Tensor:
         """Raw scores (P,) float32 of ``score_kind``; keys and values are computed per image and chunk, not per pair."""
-        return itm.pair_scores(self.score_kind, self._matching_logits, images, texts, (image_rows, text_rows))
+        rows, weight = (image_rows, text_rows), self.options.cosine_weight
+        return itm.pair_scores(self.score_kind, self._matching_logits, images, texts, rows, cosine_weight=weight)
 
     def pair_logits(self, images: Memory, texts: Memory, image_rows: Tensor, text_rows: Tensor) -> Tensor:
         """Log-odds (P,) of a match, with gradient."""

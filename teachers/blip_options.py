@@ -32,6 +32,8 @@ class BlipOptions:
     """How a BLIP scores.
 
     score_kind: see ``teachers.itm.scores_from``.
+    cosine_weight: what multiplies the cosine in ``logit+cosine``; 1 in BLIP's published evaluation. A matching head of
+        little training is unsure: near the learned contrastive scale both heads count alike.
     enc_token: what stands in place of the first text token before the image-grounded encoder. "original": [ENC], as in
         the original code and its published figures; "cls": the tokenizer's own first token, as in transformers'
         forward; a number: that id.
@@ -45,6 +47,7 @@ class BlipOptions:
     max_text_length: int = 35
     prompt: str = ""
     pairs_per_chunk: int = 128
+    cosine_weight: float = 1.0
 
     def __post_init__(self) -> None:
         check_score_kind(self.score_kind)

@@ -152,6 +152,7 @@ class FusionTeacher(nn.Module):
         weights = {name: tensor for name, tensor in self.state_dict().items() if name != "logit_scale"}
         return fingerprint(
             {"teacher": "fusion", "version": SCORING_VERSION, "score_kind": self.score_kind},
+            {"cosine_weight": self.options.cosine_weight},
             {"fusion_layers": self.design.fusion_layers, "contrastive_text": self.design.contrastive_text},
             weights_fingerprint(weights.items()),
             *self.image.states(),
@@ -225,7 +226,8 @@ class FusionTeacher(nn.Module):
 
     def score(self, images: Memory, texts: Memory, image_rows: Tensor, text_rows: Tensor) -> Tensor:
         """Raw scores (P,) float32 of ``score_kind``."""
-        return itm.pair_scores(self.score_kind, self._matching_logits, images, texts, (image_rows, text_rows))
+        rows, weight = (image_rows, text_rows), self.options.cosine_weight
+        return itm.pair_scores(self.score_kind, self._matching_logits, images, texts, rows, cosine_weight=weight)
 
     def pair_logits(self, images: Memory, texts: Memory, image_rows: Tensor, text_rows: Tensor) -> Tensor:
         """Log-odds (P,) of a match, with gradient."""

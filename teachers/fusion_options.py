@@ -76,6 +76,8 @@ class FusionOptions:
     """How a fusion teacher scores.
 
     score_kind: see ``teachers.itm.scores_from``.
+    cosine_weight: what multiplies the cosine in ``logit+cosine``; 1 in BLIP's published evaluation. A matching head of
+        little training is unsure: near the learned contrastive scale both heads count alike.
     max_text_length: tokens kept of a text, special tokens included.
     prompt: put before every text.
     pairs_per_chunk: pairs that are scored at a time while no gradient is wanted; bounds memory, changes no score.
@@ -85,6 +87,7 @@ class FusionOptions:
     max_text_length: int = 35
     prompt: str = ""
     pairs_per_chunk: int = 256
+    cosine_weight: float = 1.0
 
     def __post_init__(self) -> None:
         check_score_kind(self.score_kind)

@@ -27,11 +27,11 @@ def check_score_kind(kind: str) -> None:
         raise ValueError(f"score_kind is {kind!r}; this teacher gives one of {', '.join(ITM_SCORE_KINDS)}")
 
 
-def scores_from(kind: ScoreKind, logits: Tensor | None, cosine: Tensor | None) -> Tensor:
+def scores_from(kind: ScoreKind, logits: Tensor | None, cosine: Tensor | None, *, cosine_weight: float = 1.0) -> Tensor:
     """Raw scores (P,) float32 from the two ITM logits (P, 2), column 1 = match, and the ITC cosine (P,).
 
     ``log_odds`` is l1 - l0; ``logit`` is l1, as ALBEF ranks; ``logit+cosine`` is what BLIP's published evaluation ranks
-    by (cosine unscaled); ``cosine`` needs no logits. What a kind does not need may be None.
+    by (``cosine_weight`` 1: unscaled); ``cosine`` needs no logits. What a kind does not need may be None.
     """
     if kind == "cosine":
         return _given(cosine).float()
@@ -40,7 +40,7 @@ def scores_from(kind: ScoreKind, logits: Tensor | None, cosine: Tensor | None) -
         return two[:, 1] - two[:, 0]
     if kind == "logit":
         return two[:, 1]
-    return two[:, 1] + _given(cosine).float()
+    return two[:, 1] + cosine_weight * _given(cosine).float()
 
 
 def _given(value: Tensor | None) -> Tensor:
@@ -54,6 +54,8 @@ def pair_scores(
     images: Memory,
     texts: Memory,
     rows: tuple[Tensor, Tensor],
+    *,
+    cosine_weight: float = 1.0,
 ) -> Tensor:
     """Raw scores (P,) float32 of the pairs of image and text ``rows``; each head runs only where the kind reads it.
 
@@ -62,7 +64,7 @@ def pair_scores(
     check_rows(images, texts, *rows)
     logits = None if kind == "cosine" else matching(images, texts, *rows)
     cosine = pair_cosine(images, texts, *rows) if "cosine" in kind else None
-    return scores_from(kind, logits, cosine)
+    return scores_from(kind, logits, cosine, cosine_weight=cosine_weight)
 
 
 def pair_cosine(images: Memory, texts: Memory, image_rows: Tensor, text_rows: Tensor) -> Tensor:

@@ -123,7 +123,9 @@ def _blip(recipe: schema.BlipTeacherRecipe, corpus: Corpus, source: str | None) 
     from teachers.blip import BlipTeacher
     from teachers.blip_options import BlipOptions
 
-    options = BlipOptions(recipe.score_kind, recipe.enc_token, recipe.max_text_length)
+    options = BlipOptions(
+        recipe.score_kind, recipe.enc_token, recipe.max_text_length, cosine_weight=recipe.cosine_weight
+    )
     if source is not None:
         return BlipTeacher.from_pretrained(source, options=options)
     text = {
@@ -148,7 +150,7 @@ def _fusion(recipe: schema.FusionTeacherRecipe, source: str | None) -> Any:
     from teachers.fusion import FusionTeacher
     from teachers.fusion_options import FusionDesign, FusionOptions
 
-    options = FusionOptions(recipe.score_kind, recipe.max_text_length)
+    options = FusionOptions(recipe.score_kind, recipe.max_text_length, cosine_weight=recipe.cosine_weight)
     if source is not None:
         return FusionTeacher.from_pretrained(source, options=options)
     design = FusionDesign(**recipe.model_dump(include=set(FusionDesign.__dataclass_fields__)))

@@ -134,6 +134,7 @@ class BlipTeacherRecipe(Strict):
     embed_dim: Count = 64
     vocabulary: Count = 1000
     score_kind: ScoreKind = "log_odds"
+    cosine_weight: Positive = Field(default=1.0, description="of the cosine in logit+cosine; BLIP's evaluation has 1")
     enc_token: Literal["original", "cls"] | int = "original"
     max_text_length: Count = 35
 
@@ -154,6 +155,7 @@ class FusionTeacherRecipe(Strict):
     image_input_dropout: Share = 0.0
     text_input_dropout: Share = 0.0
     score_kind: ScoreKind = "log_odds"
+    cosine_weight: Positive = Field(default=1.0, description="of the cosine in logit+cosine; BLIP's evaluation has 1")
     max_text_length: Count = 35
 
     @model_validator(mode="after")
