@@ -190,4 +190,4 @@ class Experiment:
         from distill.teach import TeachSettings
 
         assert self.recipe.teach is not None
-        return TeachSettings(seed=self.recipe.seed, **self.recipe.teach.model_dump(exclude={"evaluate_every"}))
+        return TeachSettings(seed=self.recipe.seed, **self.recipe.teach.model_dump())

@@ -56,6 +56,8 @@ def finish(x: Experiment) -> dict[str, dict[str, float]]:
     sheet = x.folder / "retrieval.png"
     ranks = {name: evaluation.t2i_ranks for name, evaluation in evaluations.items()}
     write_retrieval_sheet(x, split, vectors, ranks, sheet)
+    if x.recipe.train.trackers:
+        x.accelerator.end_training()
     log.info("summary: %s, pictures: %s", x.folder / "summary.json", sheet)
     return summary
 

@@ -31,6 +31,7 @@ TINY = [
     "mine.k=6",
     "evaluate.rerank=8",
     "score.pairs_per_unit=200",
+    "train.trackers=[tensorboard]",
     "teacher.vision.layers=1",
     "teacher.text.layers=1",
     "student.vision.layers=1",
@@ -73,6 +74,18 @@ def test_arms_differ_and_each_logs_its_own_parts(whole: Path) -> None:
     assert parts["maps"] == {"loss/contrastive", "loss/cprd", "loss/margin_mse", "loss/attention"}
     weights = [(run / "arms" / arm / "student" / "model.safetensors").read_bytes() for arm in parts]
     assert len(set(weights)) == 3
+
+
+def test_trackers_get_what_the_log_gets(whole: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(whole / "runs" / "quickstart" / "cross2dual"))
+    found.Reload()
+    logged = [
+        json.loads(line) for line in (whole / "runs/quickstart/arms/plain/metrics.jsonl").read_text().splitlines()
+    ]
+    values = [(event.step, event.value) for event in found.Scalars("plain/loss")]
+    assert values == [(line["step"], pytest.approx(line["loss"], rel=1e-6)) for line in logged]
 
 
 def test_the_picture_is_there_and_has_content(whole: Path) -> None:

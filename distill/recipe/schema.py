@@ -192,7 +192,6 @@ class TeachRecipe(Strict):
         default=1 / 6, description="share of the steps with random instead of hard negatives"
     )
     itm_weight: Positive = 1.0
-    evaluate_every: Natural = Field(default=0, description="steps between evaluations on val; 0 = only at the end")
 
 
 class StudentOptions(Strict):
