@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from distill.data.matches import ragged_ranges
 from distill.protocols import DIRECTIONS, Direction, Ids, Inputs
 from distill.sampler import BatchSampler, CandidateSampler
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from distill.data.corpus import Matches
 
 Source = Callable[[Ids], Inputs]
+Scores: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
+Mask: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 @dataclass(frozen=True)
@@ -24,26 +27,30 @@ class PairScores:
     """The teacher's scores of one round's pairs and of no others, so that a step never depends on older runs."""
 
     keys: Ids  # (P,) image id * n_texts + text id, sorted
-    scores: np.ndarray[Any, np.dtype[np.float32]]  # (P,)
+    scores: Scores  # (P,)
     n_texts: int
+    by_text: Ids  # (P,) places of the keys in the order of text, then image
 
     @classmethod
-    def of(
-        cls, image_ids: Ids, text_ids: Ids, scores: np.ndarray[Any, np.dtype[np.float32]], n_texts: int
-    ) -> PairScores:
+    def of(cls, image_ids: Ids, text_ids: Ids, scores: Scores, n_texts: int) -> PairScores:
         """From pairs in any order; a pair given twice counts once."""
         keys, first = np.unique(image_ids * n_texts + text_ids, return_index=True)
-        return cls(keys, scores[first].astype(np.float32), n_texts)
+        return cls(keys, scores[first].astype(np.float32), n_texts, np.argsort(keys % n_texts, kind="stable"))
 
-    def lookup(self, image_ids: Ids, text_ids: Ids) -> np.ndarray[Any, np.dtype[np.float32]]:
+    def lookup(self, image_ids: Ids, text_ids: Ids) -> Scores:
         """Scores in the shape both ids broadcast to; NaN where the teacher was not asked or an id is -1."""
         wanted = np.where((image_ids < 0) | (text_ids < 0), -1, image_ids * self.n_texts + text_ids)
         at = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
         return np.where(self.keys[at] == wanted, self.scores[at], np.float32(np.nan))
 
-    def grid(self, image_ids: Ids, text_ids: Ids) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Scores (images, texts); NaN where the teacher was not asked."""
-        return self.lookup(image_ids[:, None], text_ids[None, :])
+    def of_queries(self, direction: Direction, query_ids: Ids) -> tuple[Ids, Ids, Scores]:
+        """What was asked about each query (Q,): offsets (Q + 1,), then flat item ids and scores."""
+        places = np.arange(len(self.keys)) if direction == "i2t" else self.by_text
+        images, texts = np.divmod(self.keys[places], self.n_texts)
+        queries, items = (images, texts) if direction == "i2t" else (texts, images)
+        starts, stops = np.searchsorted(queries, query_ids), np.searchsorted(queries, query_ids, side="right")
+        offsets, chosen = ragged_ranges(starts, stops)
+        return offsets, items[chosen], self.scores[places[chosen]]
 
 
 @dataclass(frozen=True)
@@ -98,13 +105,7 @@ class Batches:
             mined[direction] = np.unique(drawn[drawn >= 0])
         image_ids = np.union1d(own["i2t"], mined["t2i"])
         text_ids = np.union1d(own["t2i"], mined["i2t"])
-        positive = self.matches.is_match(image_ids[:, None], text_ids[None, :])  # (N, M)
-        teacher = (
-            np.full(positive.shape, np.nan, dtype=np.float32)
-            if self.scores is None
-            else self.scores.grid(image_ids, text_ids)
-        )
-        grids = {direction: _grid(direction, own, image_ids, text_ids, teacher, positive) for direction in DIRECTIONS}
+        grids = {direction: self._grid(direction, own, image_ids, text_ids) for direction in DIRECTIONS}
         return StepBatch(
             step,
             image_ids,
@@ -119,27 +120,30 @@ class Batches:
             None if self.maps is None else self.maps(pairs[:, 0], pairs[:, 1]),
         )
 
+    def _grid(self, direction: Direction, own: dict[Direction, Ids], image_ids: Ids, text_ids: Ids) -> Grid:
+        """Filled from what is known of each query: looking every cell up would cost more than the step's arithmetic."""
+        import torch
 
-def _grid(
-    direction: Direction,
-    own: dict[Direction, Ids],
-    image_ids: Ids,
-    text_ids: Ids,
-    teacher: np.ndarray[Any, np.dtype[np.float32]],
-    positive: np.ndarray[Any, np.dtype[np.bool_]],
-) -> Grid:
-    import torch
+        queries = own[direction]
+        on_query_side, items = (image_ids, text_ids) if direction == "i2t" else (text_ids, image_ids)
+        own_items = own["t2i" if direction == "i2t" else "i2t"]
+        teacher = np.full((len(queries), len(items)), np.nan, np.float32)
+        positive = np.zeros(teacher.shape, np.bool_)
+        offsets, matching = self.matches.of(direction, queries)
+        cells, _ = _cells(offsets, matching, items)
+        positive[cells] = True
+        if self.scores is not None:
+            offsets, asked, scores = self.scores.of_queries(direction, queries)
+            cells, kept = _cells(offsets, asked, items)
+            teacher[cells] = scores[kept]
+        in_batch = np.tile(np.isin(items, own_items), (len(queries), 1))
+        rows = np.searchsorted(on_query_side, queries)
+        return Grid(*(torch.from_numpy(array) for array in (rows, teacher, positive, in_batch)))
 
-    if direction == "i2t":
-        queries, items, own_items = image_ids, text_ids, own["t2i"]
-    else:
-        queries, items, own_items = text_ids, image_ids, own["i2t"]
-        teacher, positive = teacher.T, positive.T
-    rows = np.searchsorted(queries, own[direction])
-    in_batch = np.broadcast_to(np.isin(items, own_items), (len(rows), len(items)))
-    return Grid(
-        torch.from_numpy(rows),
-        torch.from_numpy(np.ascontiguousarray(teacher[rows])),
-        torch.from_numpy(np.ascontiguousarray(positive[rows])),
-        torch.from_numpy(in_batch.copy()),
-    )
+
+def _cells(offsets: Ids, found: Ids, items: Ids) -> tuple[tuple[Ids, Ids], Mask]:
+    """(rows, columns) of the found ids among the items (C,), ascending, and which of the found are there."""
+    columns = np.minimum(np.searchsorted(items, found), len(items) - 1)
+    there = items[columns] == found
+    rows = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    return (rows[there], columns[there]), there

@@ -95,5 +95,6 @@ def test_labelled_pairs_are_given_as_rows(batches: Batches) -> None:
 def test_a_grid_of_scores_marks_what_was_not_asked() -> None:
     scores = PairScores.of(np.array([1, 0, 1]), np.array([2, 1, 2]), np.array([5.0, 3.0, 5.0], np.float32), 4)
     assert len(scores.keys) == 2
-    grid = scores.grid(np.array([0, 1]), np.array([1, 2, 3]))
+    grid = scores.lookup(np.array([[0], [1]]), np.array([[1, 2, 3]]))
+    assert np.isnan(scores.lookup(np.array([-1, 1]), np.array([2, -1]))).all()
     assert np.array_equal(grid, np.array([[3, np.nan, np.nan], [np.nan, 5, np.nan]], np.float32), equal_nan=True)
