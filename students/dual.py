@@ -247,19 +247,26 @@ class DualEncoder(nn.Module):
         )
 
     def enable_attention(self, width: int) -> None:
-        """Add the two projections that ``attention_pairs`` needs. They train, and are not saved.
+        """Add the two small maps that ``attention_pairs`` needs. They train, and are not saved.
 
         Raises:
-            ValueError: no grid of image cells, or a frozen tower that keeps no tokens.
+            ValueError: no grid of image cells, token states that the head cannot read, or a frozen tower that keeps
+                none.
         """
         _ = self.grid
+        for side in SIDES:
+            if self.layout.tokens[side] != self.layout.pooled[side]:
+                raise ValueError(
+                    f"the {side} tower's token states are {self.layout.tokens[side]} wide and its pooled vectors "
+                    f"{self.layout.pooled[side]}: the head that places one cannot place the other, so there is no "
+                    "attention map: leave out the attention loss, or choose another pooling"
+                )
         if self.options.freeze and not self.options.tokens:
             raise ValueError(
                 "attention maps need the token states of the frozen towers: make the student with tokens=True"
             )
         weight = self.model.logit_scale
-        heads = AttentionHeads(self.layout.tokens["text"], self.layout.tokens["image"], width=width)
-        self.attention_heads = heads.to(weight.device)
+        self.attention_heads = AttentionHeads(self.dim, width=width).to(weight.device)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that ``load`` restores bit-equal and that, of a stock student, transformers reads as it is."""
@@ -298,11 +305,19 @@ class DualEncoder(nn.Module):
 
     def _embed(self, side: Side, seen: Reading) -> Tensor:
         rate = self.options.image_input_dropout if side == "image" else self.options.text_input_dropout
-        pooled = dropout(seen.pooled, rate, training=self.training)  # (N, H)
+        pooled = self._pooled(side, dropout(seen.pooled, rate, training=self.training))  # (N, H)
+        head = self._head(side)
+        return normalize((pooled if head is None else head(pooled)).float(), dim=-1)
+
+    def _pooled(self, side: Side, states: Tensor) -> Tensor:
+        """(N, H) -> (N, H): through the text tower's pooler where that trains."""
         if side == "text" and self.options.train_pooler:
-            pooled = self.model.text_model.pooler(pooled[:, None])
-        projection = self.heads[side] if side in self.heads else projection_of(self.model, side)
-        return normalize((pooled if projection is None else projection(pooled)).float(), dim=-1)
+            states = self.model.text_model.pooler(states[:, None])
+        return states
+
+    def _head(self, side: Side) -> nn.Module | None:
+        """What maps pooled vectors to the joint space."""
+        return self.heads[side] if side in self.heads else projection_of(self.model, side)
 
     def _maps(self, image: Reading | None, text: Reading | None, pairs: tuple[Tensor, Tensor]) -> Tensor:
         if self.attention_heads is None:
@@ -311,5 +326,9 @@ class DualEncoder(nn.Module):
             raise ValueError("attention maps need images and texts in the same call")
         if image.tokens is None or text.tokens is None:
             raise ValueError("the kept tower outputs hold no token states: keep them again with tokens=True")
-        maps: Tensor = self.attention_heads(text.tokens.float(), image.tokens.float(), *pairs)
+        states = text.tokens.float()  # (M, L, H)
+        tokens = self._pooled("text", states.flatten(0, 1)).view(states.shape)
+        maps: Tensor = self.attention_heads(
+            tokens, image.tokens.float(), pairs, heads=(self._head("text"), self._head("image"))
+        )
         return maps

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,21 +66,40 @@ class MlpHead(nn.Module):
 
 
 class AttentionHeads(nn.Module):
-    """The text→image map of a model whose towers never meet: two projections of their last token states.
+    """The text→image map of a model whose towers never meet: two small maps of token states in the joint space.
 
     Attention distillation (DiDE, arXiv 2112.08723) for a teacher with cross-attention: one map, the teacher's heads
-    averaged.
+    averaged. Tokens and cells go through what turns pooled vectors into embeddings first, so that the loss trains that
+    too: with frozen towers it would otherwise train nothing but these maps, which are thrown away.
     """
 
-    def __init__(self, text_width: int, image_width: int, *, width: int) -> None:
+    def __init__(self, dim: int, *, width: int) -> None:
         super().__init__()
-        self.query = nn.Linear(text_width, width, bias=False)
-        self.key = nn.Linear(image_width, width, bias=False)
+        self.query = nn.Linear(dim, width, bias=False)
+        self.key = nn.Linear(dim, width, bias=False)
         self.scale = width**-0.5
 
-    def forward(self, tokens: Tensor, cells: Tensor, image_rows: Tensor, text_rows: Tensor) -> Tensor:
-        """Log-probabilities (P, L, G) over the grid cells, of text tokens (M, L, H) and image cells (N, G, H')."""
-        query = self.query(tokens)[text_rows]  # (P, L, width)
-        key = self.key(cells)[image_rows]  # (P, G, width)
+    def forward(
+        self, tokens: Tensor, cells: Tensor, pairs: tuple[Tensor, Tensor], heads: tuple[nn.Module | None, ...]
+    ) -> Tensor:
+        """Log-probabilities (P, L, G) over the grid cells.
+
+        Args:
+            tokens: of texts (M, L, H).
+            cells: of images (N, G, H').
+            pairs: image rows (P,) and text rows (P,).
+            heads: what maps tokens, and what maps cells, to the joint space; None where they lie in it.
+        """
+        query = _through(heads[0], self.query, tokens)[pairs[1]]  # (P, L, width)
+        key = _through(heads[1], self.key, cells)[pairs[0]]  # (P, G, width)
         logits: Tensor = query @ key.transpose(1, 2) * self.scale
         return logits.float().log_softmax(dim=-1)
+
+
+def _through(head: nn.Module | None, small: nn.Linear, states: Tensor) -> Tensor:
+    """small(head(states)); where both are linear their product is taken first, which is as cheap as ``small`` alone."""
+    if not isinstance(head, nn.Linear):
+        result: Tensor = small(states if head is None else head(states))
+        return result
+    bias = None if head.bias is None else small.weight @ head.bias
+    return functional.linear(states, small.weight @ head.weight, bias)

@@ -8,10 +8,26 @@ import pytest
 import torch
 
 from students.pooling import grid_of, masked_mean
+from students.reading import projection_of
 from tests.students.small_texts import TEXTS
 
 BOTH = frozenset({"image", "text"})
 PAIRS = torch.tensor([0, 2, 2, 1]), torch.tensor([2, 0, 1, 1])
+
+
+def places(student, side):
+    """From one token state to the joint space, as its pooled vector would go."""
+
+    def place(state):
+        if side == "text" and student.options.train_pooler:
+            pooler = student.model.text_model.pooler
+            state = torch.tanh(pooler.dense.weight @ state + pooler.dense.bias)
+        if side in student.heads:
+            return student.heads[side](state[None])[0]
+        projection = projection_of(student.model, side)
+        return state if projection is None else projection(state[None])[0]
+
+    return place
 
 
 @torch.no_grad()
@@ -21,6 +37,7 @@ def slow_maps(student, pictures):
     hidden = student.model.vision_model(**images).last_hidden_state
     states = student.model.text_model(**{k: texts[k] for k in student.text_inputs.names}).last_hidden_state
     query, key = student.attention_heads.query.weight, student.attention_heads.key.weight
+    place_image, place_text = (places(student, side) for side in ("image", "text"))
     maps = []
     for image, text in zip(*(rows.tolist() for rows in PAIRS), strict=True):
         if hidden.dim() == 4:
@@ -31,17 +48,20 @@ def slow_maps(student, pictures):
             cells = list(hidden[image])[1:]
         rows = []
         for state in states[text]:
-            logits = [float((query @ state) @ (key @ cell)) / math.sqrt(len(query)) for cell in cells]
+            logits = [
+                float((query @ place_text(state)) @ (key @ place_image(cell))) / math.sqrt(len(query)) for cell in cells
+            ]
             total = math.log(sum(math.exp(value) for value in logits))
             rows.append([value - total for value in logits])
         maps.append(rows)
     return torch.tensor(maps)
 
 
+@pytest.mark.parametrize("head", ["linear", "mlp"])
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("family", ["clip", "siglip", "vit", "mobilenet"])
-def test_maps_equal_the_loop(make, pictures, family, frozen):
-    student = make(family, freeze=BOTH if frozen else frozenset(), tokens=frozen)
+def test_maps_equal_the_loop(make, pictures, family, frozen, head):
+    student = make(family, freeze=BOTH if frozen else frozenset(), tokens=frozen, image_head=head, text_head=head)
     student.enable_attention(8)
     images, texts = student.prepare_images(pictures), student.prepare_texts(TEXTS)
     got = student(images, texts, attention_pairs=PAIRS)
@@ -55,6 +75,20 @@ def test_maps_equal_the_loop(make, pictures, family, frozen):
     got.attention.mean().backward()
     assert student.attention_heads.query.weight.grad.abs().max() > 0
     assert student(images, texts).attention is None
+
+
+@pytest.mark.parametrize("train_pooler", [False, True])
+def test_maps_train_what_places_embeddings_though_towers_are_frozen(make_towers, pictures, train_pooler):
+    student = make_towers(freeze=BOTH, tokens=True, train_pooler=train_pooler)
+    student.enable_attention(8)
+    images, texts = student.prepare_images(pictures), student.prepare_texts(TEXTS)
+    got = student(images, texts, attention_pairs=PAIRS).attention
+    torch.testing.assert_close(got, slow_maps(student, pictures), rtol=1e-4, atol=1e-5)
+    got[..., 0].sum().backward()
+    assert student.model.visual_projection.weight.grad.abs().max() > 0
+    assert student.model.text_projection.weight.grad.abs().max() > 0
+    if train_pooler:
+        assert student.model.text_model.pooler.dense.weight.grad.abs().max() > 0
 
 
 def test_attention_heads_are_thrown_away(make_config, tmp_path):
