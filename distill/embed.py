@@ -164,13 +164,19 @@ def embed_with_teacher(
 ) -> Vectors:
     """Unit vectors (N, D) of the teacher's own contrastive head, as ``embed``.
 
+    Asked by ``teacher.embed(side, inputs)`` where there is such a method: it can leave out what only pairs need. Else
+    the ``embedding`` of the teacher's memory.
+
     Raises:
         NoContrastiveHeadError: the teacher's memory has no ``embedding``.
         ValueError: a vector is faulty.
     """
     run = teacher.encode_images if side == "image" else teacher.encode_texts
+    own: Callable[[Side, Inputs], Tensor] | None = getattr(teacher, "embed", None)
 
     def encode(inputs: Inputs) -> Tensor:
+        if own is not None:
+            return own(side, inputs)
         memory = run(inputs)
         if "embedding" not in memory:
             raise NoContrastiveHeadError(

@@ -99,6 +99,11 @@ def to_device(tensors: Mapping[str, Tensor], device: torch.device | str | None) 
     return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
 
+def bytes_of(memory: Mapping[str, Tensor]) -> int:
+    """Bytes of the tensors' elements."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in memory.values())
+
+
 def device_of(model: object) -> torch.device | None:
     """Where the model's first parameter lies; None for a model without parameters."""
     import torch

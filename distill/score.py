@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distill.inference import batches_of, device_of, evaluating, joined, prefetched, threads_of, to_device
+from distill.inference import batches_of, bytes_of, device_of, evaluating, joined, prefetched, threads_of, to_device
 from distill.progress import Progress
 
 if TYPE_CHECKING:
@@ -34,22 +34,24 @@ class ScoreOptions:
     """How scoring is cut up. None of it changes a score.
 
     ``pairs_per_unit`` is what a kill can lose; ``pairs_per_chunk`` go to one teacher call and are halved when the
-    device runs out of memory, as ``images_per_batch`` are. ``text_memory_bytes`` bounds what is kept of all texts
-    together; above it they are encoded again for each unit. ``shard`` = (index, count): only every count-th image.
-    ``device`` defaults to the teacher's.
+    device runs out of memory, as ``images_per_batch`` are. ``image_memory_bytes`` bounds what is kept of the images
+    encoded together: a large teacher's keys and values take tens of megabytes an image. ``text_memory_bytes`` bounds
+    what is kept of all texts together; above it they are encoded again for each unit. ``shard`` = (index, count): only
+    every count-th image. ``device`` defaults to the teacher's.
     """
 
     pairs_per_unit: int = 4096
     pairs_per_chunk: int = 1024
     images_per_batch: int = 16
     texts_per_batch: int = 256
+    image_memory_bytes: int = 1 << 30
     text_memory_bytes: int = 1 << 30
     shard: tuple[int, int] = (0, 1)
     device: torch.device | str | None = None
     show_progress: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in ("pairs_per_unit", "pairs_per_chunk", "images_per_batch", "texts_per_batch"):
+        for name in ("pairs_per_unit", "pairs_per_chunk", "images_per_batch", "texts_per_batch", "image_memory_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         index, count = self.shard
@@ -107,14 +109,20 @@ def score_pairs(
         run = _Run(teacher, text_source, options)
         with (
             evaluating(teacher),
-            Progress(len(images), "scoring", unit="pairs", show=options.show_progress) as progress,
+            Progress(len(images), _label(served, len(images)), unit="pairs", show=options.show_progress) as progress,
         ):
             run.prepare_texts(every_text, needed=np.unique(texts))
             scored = run.score(images, texts, units, image_source)
             for unit, scores in zip(units, scored, strict=True):
                 store.write_unit(images[unit], texts[unit], scores)
                 progress.advance(len(scores))
-    return ScoreReport(len(images), served, time.monotonic() - started)
+    report = ScoreReport(len(images), served, time.monotonic() - started)
+    _LOG.info("teacher: %d pairs asked, %d served from the store", report.asked, report.served_from_store)
+    return report
+
+
+def _label(served: int, asked: int) -> str:
+    return f"scoring ({100 * served / (served + asked):.0f} % from the store)" if served else "scoring"
 
 
 def teacher_scores(store: ScoreStore, image_ids: ArrayLike, text_ids: ArrayLike) -> Scores:
@@ -220,7 +228,7 @@ class _Run:
         text_ids = np.concatenate(batches)
         for memory in self._encoded_texts(batches):
             memories.append(memory)
-            so_far = sum(tensor.numel() * tensor.element_size() for part in memories for tensor in part.values())
+            so_far = sum(bytes_of(part) for part in memories)
             seen = min(len(text_ids), len(memories) * self._options.texts_per_batch)
             if so_far / seen * len(text_ids) > self._options.text_memory_bytes:
                 _LOG.info("the memory of %d texts is beyond the budget; texts are encoded unit by unit", len(text_ids))
@@ -268,10 +276,18 @@ class _Run:
 
             part = {name: tensor[start:stop] for name, tensor in inputs.items()}
             memory = self._teacher.encode_images(to_device(part, self._options.device))
+            self._fit_images(bytes_of(memory) // (stop - start))
             first, end = np.searchsorted(image_rows, [start, stop])
             return torch.cat(self._score_rows(memory, texts, image_rows[first:end] - start, text_rows[first:end]))
 
         return self._images.run(int(image_rows[-1]) + 1, encode_and_score)
+
+    def _fit_images(self, bytes_per_image: int) -> None:
+        """From the next batch on, encode no more images together than the budget holds."""
+        most = max(1, self._options.image_memory_bytes // max(1, bytes_per_image))
+        if most < self._images.size:
+            _LOG.info("an image's memory takes %d bytes: %d images at a time from here on", bytes_per_image, most)
+            self._images.size = most
 
     def _score_rows(self, images: Memory, texts: Memory, image_rows: Ids, text_rows: Ids) -> list[Tensor]:
         import torch

@@ -4,14 +4,14 @@ Li et al., "BLIP: Bootstrapping Language-Image Pre-training for Unified Vision-L
 ICML 2022. Weights and configuration are those of ``transformers.BlipForImageTextRetrieval``; its forward re-runs the
 image tower for every pair and leaves out the [ENC] token of the original code, so the layers are run here.
 
-Shape key: ``N`` items, ``P`` pairs, ``U`` distinct images of a call, ``L`` tokens, ``T`` image tokens (class token
-first), ``A`` heads, ``H`` width, ``D`` embedding width.
+Shape key: ``N`` items, ``P`` pairs, ``F`` text layers, ``L`` tokens, ``S`` real tokens of all pairs, ``T`` image tokens
+(class token first), ``H`` width, ``D`` embedding width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,13 @@ from teachers.blip_options import (
     save_beside,
     special_ids,
 )
-from teachers.grouping import ImageGroups, group_by_image, over_chunks
+from teachers.crossattention import (
+    PackedPairs,
+    attention_over_grid,
+    cross_attention,
+    keys_and_values,
+    score_packed,
+)
 from teachers.identity import (
     config_state,
     image_inputs_identity,
@@ -52,8 +58,10 @@ SCORING_VERSION = 1  # part of every identity; raise it when the same weights wo
 class BlipTeacher(nn.Module):
     """A ``Teacher`` that can be taught and whose cross-attention can be read.
 
-    Image memory: ``hidden`` (N, T, H), ``embedding`` (N, D). Text memory: ``input_ids`` and ``attention_mask`` (N, L),
-    ``embedding`` (N, D). Both ``encode_*`` also take such a memory back as it is.
+    Image memory: ``keys`` and ``values`` (N, F, T, H) of every cross-attention layer, ``embedding`` (N, D). Text
+    memory: ``states`` (N, L, H) before the first cross-attention, ``attention_mask`` (N, L), and ``embedding`` (N, D)
+    where teaching or the score kind reads it: that is a whole pass over the text encoder. Both ``encode_*`` also take
+    such a memory back as it is.
     """
 
     def __init__(
@@ -72,6 +80,7 @@ class BlipTeacher(nn.Module):
         check_fit(model.config, image_processor, tokenizer, self.options)
         self.enc_token_id = resolve_enc_token(self.options.enc_token, tokenizer, model.config.text_config.vocab_size)
         self.logit_scale = nn.Parameter(itm.first_log_scale())
+        self._image_tower, self._feed_forward = layers.dense_blocks(compiled=self.options.compile)
         self._fixed_identity: str | None = None
 
     @classmethod
@@ -162,7 +171,7 @@ class BlipTeacher(nn.Module):
 
     def _identity_now(self) -> str:
         options = asdict(self.options)
-        del options["pairs_per_chunk"], options["enc_token"]
+        del options["pairs_per_chunk"], options["compile"], options["enc_token"]
         return fingerprint(
             {"teacher": "blip", "version": SCORING_VERSION, "dtype": str(self.model.dtype), **options},
             {"enc_token_id": self.enc_token_id},
@@ -210,22 +219,37 @@ class BlipTeacher(nn.Module):
         return text_inputs_identity(self.tokenizer, self.options.prompt, self.options.max_text_length)
 
     def encode_images(self, inputs: Inputs) -> Memory:
-        """{"hidden": (N, T, H), "embedding": (N, D)}."""
-        if "hidden" in inputs and "embedding" in inputs:
+        """{"keys", "values": (N, F, T, H), "embedding": (N, D)}."""
+        if "keys" in inputs:
             return inputs
-        hidden = layers.image_tower(self.model.vision_model, inputs["pixel_values"].to(self.model.device))
-        return {"hidden": hidden, "embedding": _unit(self.model.vision_proj(hidden[:, 0]))}
+        hidden = self._hidden(inputs)  # (N, T, H)
+        blocks = ((layer.crossattention.self.key, layer.crossattention.self.value) for layer in self._text_layers)
+        return {**keys_and_values(blocks, hidden), "embedding": _unit(self.model.vision_proj(hidden[:, 0]))}
 
     def encode_texts(self, inputs: Inputs) -> Memory:
-        """{"input_ids", "attention_mask": (N, L), "embedding": (N, D)}; this pass keeps the first token, [CLS]."""
-        if "embedding" in inputs:
+        """{"states": (N, L, H), "attention_mask": (N, L)} and, where it is read, "embedding": (N, D)."""
+        if "states" in inputs:
             return inputs
         ids, attention = (inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
-        encoder = self.model.text_encoder
+        if self.enc_token_id is not None:
+            ids = torch.cat([torch.full_like(ids[:, :1], self.enc_token_id), ids[:, 1:]], dim=1)
         packing = layers.Packing.of(attention)
-        first = packing.pack(encoder.embeddings(input_ids=ids))
-        states = packing.pad(layers.text_only(encoder.encoder.layer, first, packing))
-        return {"input_ids": ids, "attention_mask": attention, "embedding": _unit(self.model.text_proj(states[:, 0]))}
+        first = packing.pack(self.model.text_encoder.embeddings(input_ids=ids))
+        states = packing.pad(layers.self_attention(self._text_layers[0], first, packing))
+        memory = {"states": states, "attention_mask": attention}
+        if torch.is_grad_enabled() or "cosine" in self.score_kind:
+            memory["embedding"] = self.embed("text", inputs)
+        return memory
+
+    def embed(self, side: Side, inputs: Inputs) -> Tensor:
+        """Unit vectors (N, D) of the contrastive head: no text reads an image here, and [CLS] stays."""
+        if side == "image":
+            return _unit(self.model.vision_proj(self._hidden(inputs)[:, 0]))
+        ids, attention = (inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
+        packing = layers.Packing.of(attention)
+        first = packing.pack(self.model.text_encoder.embeddings(input_ids=ids))
+        states = layers.text_only(self._text_layers, first, packing)
+        return _unit(self.model.text_proj(states[packing.first]))
 
     def score(self, images: Memory, texts: Memory, image_rows: Tensor, text_rows: Tensor) -> Tensor:
         """Raw scores (P,) float32 of ``score_kind``; keys and values are computed per image and chunk, not per pair."""
@@ -239,59 +263,48 @@ class BlipTeacher(nn.Module):
     def attention_maps(self, images: Memory, texts: Memory, image_rows: Tensor, text_rows: Tensor) -> Tensor:
         """Log-probabilities (P, L, G) of the last layer's cross-attention; L is that of the text memory."""
         itm.check_rows(images, texts, image_rows, text_rows)
-        pairs = self._pairs(images, texts, image_rows, text_rows, trim=False)
-        *before, last = self.model.text_encoder.encoder.layer
-        states = layers.self_attention(last, self._fused(before, pairs), pairs.packing)
-        keys, _ = layers.keys_values(last.crossattention, pairs.hidden)
-        others = pairs.hidden.shape[1] - self.grid[0] * self.grid[1]
-        query = layers.queries(last.crossattention, states, pairs.packing)
-        return layers.grid_attention(query, keys[pairs.groups.image], others)
+        pairs = PackedPairs.of(images, texts, image_rows, text_rows, trim=False)
+        last = self._text_layers[-1]
+        states = self._before_last(pairs)
+        if len(self._text_layers) > 1:
+            states = layers.self_attention(last, states, pairs.packing)
+        block = last.crossattention.self
+        others = pairs.keys.shape[2] - self.grid[0] * self.grid[1]
+        return attention_over_grid(block.query(states), pairs, block.num_attention_heads, others=others)
 
     def _matching_logits(self, images: Memory, texts: Memory, image_rows: Tensor, text_rows: Tensor) -> Tensor:
         """(P, 2) float32."""
-        if torch.is_grad_enabled():
-            return self._logits_of(images, texts, image_rows, text_rows)
-        order = image_rows.argsort(stable=True)  # so that an image's pairs share a chunk
-        return over_chunks(
-            lambda chunk: self._logits_of(images, texts, image_rows[chunk], text_rows[chunk]),
-            order,
-            self.options.pairs_per_chunk,
-        )
+        rows, size = (image_rows, text_rows), self.options.pairs_per_chunk
+        return score_packed(self._logits_of, images, texts, rows, pairs_per_chunk=size)
 
-    def _logits_of(self, images: Memory, texts: Memory, image_rows: Tensor, text_rows: Tensor) -> Tensor:
-        pairs = self._pairs(images, texts, image_rows, text_rows, trim=True)
-        states = self._fused(self.model.text_encoder.encoder.layer, pairs)
-        logits: Tensor = self.model.itm_head(pairs.packing.pad(states)[:, 0])
+    def _logits_of(self, pairs: PackedPairs) -> Tensor:
+        """(P, 2). The head reads the first token alone, and so in the last layer nothing else is computed."""
+        last, states = self._text_layers[-1], self._before_last(pairs)
+        if len(self._text_layers) > 1:
+            first = layers.first_token_attention(last, states, pairs.packing)  # (P, H)
+        else:
+            first = states[pairs.packing.first]
+        first = cross_attention(last.crossattention, first, pairs.source(-1), per_pair=True)
+        logits: Tensor = self.model.itm_head(self._feed_forward(last, first))
         return logits.float()
 
-    def _pairs(self, images: Memory, texts: Memory, image_rows: Tensor, text_rows: Tensor, *, trim: bool) -> _Pairs:
-        device = self.model.device
-        groups = group_by_image(image_rows.to(device))
-        attention = itm.take(texts["attention_mask"], text_rows).to(device)
-        length = layers.used_length(attention) if trim else attention.shape[1]
-        ids = itm.take(texts["input_ids"], text_rows)[:, :length].to(device)
-        if self.enc_token_id is not None:
-            ids = torch.cat([torch.full_like(ids[:, :1], self.enc_token_id), ids[:, 1:]], dim=1)
-        hidden = itm.take(images["hidden"], groups.used).to(device)
-        return _Pairs(ids, layers.Packing.of(attention[:, :length]), hidden, groups)
-
-    def _fused(self, through: Sequence[layers.Layer], pairs: _Pairs) -> Tensor:
-        """(S, H) after the given layers, each with its cross-attention."""
-        states = pairs.packing.pack(self.model.text_encoder.embeddings(input_ids=pairs.ids))
-        for layer in through:
-            states = layers.self_attention(layer, states, pairs.packing)
-            source = layers.Source(*layers.keys_values(layer.crossattention, pairs.hidden), pairs.groups)
-            states = layers.cross_attention(layer.crossattention, states, pairs.packing, source)
-            states = layers.feed_forward(layer, states)
+    def _before_last(self, pairs: PackedPairs) -> Tensor:
+        """(S, H) that the last layer reads; the memory's states are past the first layer's self-attention."""
+        states = pairs.states
+        for at, layer in enumerate(self._text_layers[:-1]):
+            if at > 0:
+                states = layers.self_attention(layer, states, pairs.packing)
+            states = cross_attention(layer.crossattention, states, pairs.source(at))
+            states = self._feed_forward(layer, states)
         return states
 
+    def _hidden(self, inputs: Inputs) -> Tensor:
+        pixels = inputs["pixel_values"].to(self.model.device, self.model.dtype)
+        return self._image_tower(self.model.vision_model, pixels)
 
-@dataclass(frozen=True)
-class _Pairs:
-    ids: Tensor  # (P, L), the first token replaced where asked
-    packing: layers.Packing
-    hidden: Tensor  # (U, T, H) of the distinct images
-    groups: ImageGroups
+    @property
+    def _text_layers(self) -> list[layers.Layer]:
+        return list(self.model.text_encoder.encoder.layer)
 
 
 def _unit(vectors: Tensor) -> Tensor:

@@ -3,15 +3,15 @@
 After Li et al., "Align before Fuse", NeurIPS 2021: the first text layers read the text alone, the last ones read the
 image too, through cross-attention whose keys and values depend on the image alone and are computed once per image.
 
-Shape key: ``N`` items, ``P`` pairs, ``U`` distinct images of a call, ``F`` fused layers, ``A`` heads, ``L`` text
-tokens, ``T`` image tokens (class and register tokens, then ``G`` grid cells), ``H`` text width, ``D`` embedding width.
+Shape key: ``N`` items, ``P`` pairs, ``F`` fused layers, ``L`` text tokens, ``S`` real tokens of all pairs, ``T`` image
+tokens (class and register tokens, then ``G`` grid cells), ``H`` text width, ``D`` embedding width.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,10 +20,10 @@ from torch import nn
 
 from distill.protocols import Image, Inputs, Memory, ScoreKind, Side, fingerprint, weights_fingerprint
 from teachers import backbones, itm, layers
+from teachers.crossattention import PackedPairs, attention_over_grid, keys_and_values, score_packed
 from teachers.fusion_options import FusionDesign, FusionOptions
 from teachers.fusion_parts import CrossAttention, MatchingHead
 from teachers.fusion_sides import ImageSide, TextSide
-from teachers.grouping import ImageGroups, group_by_image, over_chunks
 from teachers.identity import image_inputs_identity, text_inputs_identity
 from teachers.processing import image_processor_from, pixel_values, token_ids, tokenizer_from
 
@@ -39,8 +39,9 @@ WEIGHTS = "fusion_teacher.safetensors"
 class FusionTeacher(nn.Module):
     """A ``Teacher`` that can be taught, whose cross-attention can be read and whose frozen parts can be kept on disk.
 
-    Image memory: ``keys`` and ``values`` (N, F, A, T, H / A), ``embedding`` (N, D). Text memory: ``states`` (N, L, H),
-    ``attention_mask`` (N, L), ``embedding`` (N, D). Both ``encode_*`` also take such a memory back as it is.
+    Image memory: ``keys`` and ``values`` (N, F, T, H), ``embedding`` (N, D). Text memory: ``states`` (N, L, H) before
+    the first cross-attention, ``attention_mask`` (N, L), ``embedding`` (N, D). Both ``encode_*`` also take such a
+    memory back as it is.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class FusionTeacher(nn.Module):
         self.itm_head = MatchingHead(width, dropout)
         self.to(text.dtype)
         self.logit_scale = nn.Parameter(itm.first_log_scale())  # stays float32: it has no business in half precision
+        _, self._feed_forward = layers.dense_blocks(compiled=self.options.compile)
         self._fixed_identity: str | None = None
         self.eval()
 
@@ -205,24 +207,29 @@ class FusionTeacher(nn.Module):
             return self.image.freeze(inputs) if side == "image" else self.text.freeze(inputs)
 
     def encode_images(self, inputs: Inputs) -> Memory:
-        """{"keys", "values": (N, F, A, T, H / A), "embedding": (N, D)} of prepared images or frozen outputs."""
+        """{"keys", "values": (N, F, T, H), "embedding": (N, D)} of prepared images or frozen outputs."""
         if "keys" in inputs:
             return inputs
         features = self.image.features(inputs)
-        tokens = self.image.tokens(features)
-        keys, values = zip(*(block.keys_values(tokens) for block in self._cross()), strict=True)
-        return {
-            "keys": torch.stack(keys, dim=1),
-            "values": torch.stack(values, dim=1),
-            "embedding": self.image.head(features),
-        }
+        blocks = ((block.key, block.value) for block in self._cross())
+        return {**keys_and_values(blocks, self.image.tokens(features)), "embedding": self.image.head(features)}
 
     def encode_texts(self, inputs: Inputs) -> Memory:
         """{"states": (N, L, H), "attention_mask": (N, L), "embedding": (N, D)} of prepared texts or frozen outputs."""
         if "states" in inputs:
             return inputs
         states, attention, embedding = self.text(inputs)
+        packing = layers.Packing.of(attention)
+        states = packing.pad(layers.self_attention(self.text.fused_layers[0], packing.pack(states), packing))
         return {"states": states, "attention_mask": attention, "embedding": embedding}
+
+    def embed(self, side: Side, inputs: Inputs) -> Tensor:
+        """Unit vectors (N, D) of the contrastive head, of prepared items or frozen outputs."""
+        if side == "image":
+            vectors: Tensor = self.image.head(self.image.features(inputs))
+            return vectors
+        embedding: Tensor = self.text(inputs)[2]
+        return embedding
 
     def score(self, images: Memory, texts: Memory, image_rows: Tensor, text_rows: Tensor) -> Tensor:
         """Raw scores (P,) float32 of ``score_kind``."""
@@ -236,60 +243,30 @@ class FusionTeacher(nn.Module):
     def attention_maps(self, images: Memory, texts: Memory, image_rows: Tensor, text_rows: Tensor) -> Tensor:
         """Log-probabilities (P, L, G) of the last layer's cross-attention; L is that of the text memory."""
         itm.check_rows(images, texts, image_rows, text_rows)
-        pairs = self._pairs(images, texts, image_rows, text_rows, trim=False)
-        states = self._fused(pairs, self.design.fusion_layers - 1)
-        states = layers.self_attention(self.text.fused_layers[-1], states, pairs.packing)
-        query = self._cross()[-1].queries(states, pairs.packing)
-        return layers.grid_attention(query, pairs.keys[:, -1][pairs.groups.image], self.image.shape.others)
+        pairs = PackedPairs.of(images, texts, image_rows, text_rows, trim=False)
+        states, last = self._before_cross(pairs, self.design.fusion_layers - 1), self._cross()[-1]
+        return attention_over_grid(last.queries(states), pairs, last.heads, others=self.image.shape.others)
 
     def _matching_logits(self, images: Memory, texts: Memory, image_rows: Tensor, text_rows: Tensor) -> Tensor:
         """(P, 2) float32."""
-        if torch.is_grad_enabled():
-            return self._logits_of(images, texts, image_rows, text_rows)
-        # By length, so that a chunk holds little padding: dense layers cost far more than copying an image's few keys.
-        lengths = texts["attention_mask"].sum(dim=1)
-        order = itm.take(lengths, text_rows).to(text_rows.device).argsort(stable=True)
-        return over_chunks(
-            lambda chunk: self._logits_of(images, texts, image_rows[chunk], text_rows[chunk]),
-            order,
-            self.options.pairs_per_chunk,
-        )
+        rows, size = (image_rows, text_rows), self.options.pairs_per_chunk
+        return score_packed(self._logits_of, images, texts, rows, pairs_per_chunk=size)
 
-    def _logits_of(self, images: Memory, texts: Memory, image_rows: Tensor, text_rows: Tensor) -> Tensor:
-        pairs = self._pairs(images, texts, image_rows, text_rows, trim=True)
-        states = pairs.packing.pad(self._fused(pairs, self.design.fusion_layers))
-        logits: Tensor = self.itm_head(states, pairs.packing.attention)
+    def _logits_of(self, pairs: PackedPairs) -> Tensor:
+        last = self.design.fusion_layers - 1
+        states = self._cross()[last](self._before_cross(pairs, last), pairs.source(last))
+        states = self._feed_forward(self.text.fused_layers[last], states)
+        logits: Tensor = self.itm_head(pairs.packing.pad(states), pairs.packing.attention)
         return logits
 
-    def _pairs(self, images: Memory, texts: Memory, image_rows: Tensor, text_rows: Tensor, *, trim: bool) -> _Pairs:
-        device = self.text.encoder.device
-        groups = group_by_image(image_rows.to(device))
-        attention = itm.take(texts["attention_mask"], text_rows).to(device)
-        length = layers.used_length(attention) if trim else attention.shape[1]
-        packing = layers.Packing.of(attention[:, :length])
-        states = packing.pack(itm.take(texts["states"], text_rows)[:, :length].to(device))
-        keys, values = (itm.take(images[name], groups.used).to(device) for name in ("keys", "values"))
-        return _Pairs(states, packing, keys, values, groups)
-
-    def _fused(self, pairs: _Pairs, through: int) -> Tensor:
-        """(S, H) after the first ``through`` fused layers."""
-        states, packing = pairs.states, pairs.packing
-        for at, (layer, block) in enumerate(zip(self.text.fused_layers[:through], self._cross(), strict=False)):
-            states = layers.self_attention(layer, states, packing)
-            states = block(states, packing, layers.Source(pairs.keys[:, at], pairs.values[:, at], pairs.groups))
-            states = layers.feed_forward(layer, states)
+    def _before_cross(self, pairs: PackedPairs, at: int) -> Tensor:
+        """(S, H) that the cross-attention of fused layer ``at`` reads; the memory's states are what the first reads."""
+        states, fused = pairs.states, self.text.fused_layers
+        for before in range(at):
+            states = self._cross()[before](states, pairs.source(before))
+            states = self._feed_forward(fused[before], states)
+            states = layers.self_attention(fused[before + 1], states, pairs.packing)
         return states
 
     def _cross(self) -> list[CrossAttention]:
         return [block for block in self.cross if isinstance(block, CrossAttention)]
-
-
-@dataclass(frozen=True)
-class _Pairs:
-    """What the fused layers read of some pairs."""
-
-    states: Tensor  # (S, H) real tokens of all pairs
-    packing: layers.Packing
-    keys: Tensor  # (U, F, A, T, H / A) of the distinct images
-    values: Tensor  # (U, F, A, T, H / A)
-    groups: ImageGroups

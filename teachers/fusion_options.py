@@ -81,6 +81,8 @@ class FusionOptions:
     max_text_length: tokens kept of a text, special tokens included.
     prompt: put before every text.
     pairs_per_chunk: pairs that are scored at a time while no gradient is wanted; bounds memory, changes no score.
+    compile: run the dense blocks through ``torch.compile``; needs a compiler where it runs, and changes no score beyond
+        rounding. The first calls are slow.
     """
 
     score_kind: ScoreKind = "log_odds"
@@ -88,6 +90,7 @@ class FusionOptions:
     prompt: str = ""
     pairs_per_chunk: int = 256
     cosine_weight: float = 1.0
+    compile: bool = False
 
     def __post_init__(self) -> None:
         check_score_kind(self.score_kind)

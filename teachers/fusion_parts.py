@@ -1,7 +1,7 @@
 """The new, trained parts of a fusion teacher: cross-attention blocks, pooled heads, positions of an image grid.
 
-Shape key: ``N`` items, ``P`` pairs, ``L`` text tokens, ``S`` real tokens of all pairs, ``T`` image tokens, ``A`` heads,
-``C`` width of the vision backbone, ``H`` width of the text encoder, ``d`` = H / A, ``D`` embedding width.
+Shape key: ``N`` items, ``P`` pairs, ``L`` text tokens, ``S`` real tokens of all pairs, ``T`` image tokens, ``C`` width
+of the vision backbone, ``H`` width of the text encoder, ``D`` embedding width.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from teachers.grouping import cross_context
-from teachers.layers import Packing, Source, merge_heads, split_heads
+from teachers.dense import dense
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from teachers.crossattention import Source
 
 
 class CrossAttention(nn.Module):
@@ -36,19 +37,15 @@ class CrossAttention(nn.Module):
         nn.init.zeros_(self.output.bias)
         self.dropout = nn.Dropout(dropout)
 
-    def keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Image tokens (N, T, H) -> keys and values (N, A, T, d)."""
-        return split_heads(self.key(tokens), self.heads), split_heads(self.value(tokens), self.heads)
+    def queries(self, states: Tensor) -> Tensor:
+        """Packed states (S, H) -> (S, H)."""
+        return dense(self.query, self.norm(states))
 
-    def queries(self, states: Tensor, packing: Packing) -> Tensor:
-        """Packed states (S, H) -> (P, A, L, d)."""
-        return split_heads(packing.pad(self.query(self.norm(states))), self.heads)
-
-    def forward(self, states: Tensor, packing: Packing, source: Source) -> Tensor:
+    def forward(self, states: Tensor, source: Source) -> Tensor:
         """(S, H) -> (S, H)."""
         dropout = self.dropout.p if self.training else 0.0
-        context = cross_context(self.queries(states, packing), source.keys, source.values, source.groups, dropout)
-        added: Tensor = self.dropout(self.output(packing.pack(merge_heads(context))))
+        context = source.attend(self.queries(states), self.heads, dropout=dropout)
+        added: Tensor = self.dropout(dense(self.output, context))
         return states + added
 
 

@@ -86,7 +86,7 @@ def check_rows(images: Memory, texts: Memory, image_rows: Tensor, text_rows: Ten
             f"image_rows and text_rows must share one (P,) shape, got {image_rows.shape}, {text_rows.shape}"
         )
     for name, rows, memory in (("image_rows", image_rows, images), ("text_rows", text_rows, texts)):
-        count = len(memory["embedding"])
+        count = len(next(iter(memory.values())))
         if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= count):
             raise ValueError(f"{name} must lie in 0..{count - 1}, got {int(rows.min())}..{int(rows.max())}")
 

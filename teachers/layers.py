@@ -5,8 +5,7 @@ checkpoint of the family, so they cannot move; the library's own forward methods
 bidirectional cross-encoder does not want, and run BLIP's attention unfused. States are packed: only real tokens go
 through the dense layers, which are nearly all of the work; only attention sees padding.
 
-Shape key: ``B`` texts or pairs, ``L`` tokens of the longest, ``S`` real tokens of all, ``U`` distinct images, ``T``
-image tokens, ``A`` heads, ``H`` width.
+Shape key: ``B`` texts or pairs, ``L`` tokens of the longest, ``S`` real tokens of all, ``A`` heads, ``H`` width.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from teachers.grouping import ImageGroups, cross_context
+from teachers.dense import dense
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from torch import Tensor
 
@@ -51,6 +50,18 @@ class Packing:
         flat = padded.flatten(0, 1)
         return flat if self.where is None else flat[self.where]
 
+    def take(self, padded: Tensor, rows: Tensor) -> Tensor:
+        """What ``pack`` makes of the ``rows`` (B,) of (N, at least L, H): (S, H), without a padded copy between."""
+        length = padded.shape[1]
+        places = rows[:, None] * length + torch.arange(self.attention.shape[1], device=rows.device)  # (B, L)
+        return padded.flatten(0, 1)[places.flatten() if self.where is None else places.flatten()[self.where]]
+
+    @property
+    def first(self) -> Tensor:
+        """(B,) place of each text's first token in the packed order."""
+        lengths = self.attention.sum(dim=1)
+        return lengths.cumsum(dim=0) - lengths
+
     def pad(self, packed: Tensor) -> Tensor:
         """(S, H) -> (B, L, H), zero where there is no token."""
         count, length = self.attention.shape
@@ -69,46 +80,35 @@ def merge_heads(states: Tensor) -> Tensor:
     return states.transpose(1, 2).flatten(2)
 
 
-def keys_values(block: Block, states: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values (B, A, T, H / A) of the states (B, T, C)."""
-    heads = block.self.num_attention_heads
-    return split_heads(block.self.key(states), heads), split_heads(block.self.value(states), heads)
-
-
-def queries(block: Block, states: Tensor, packing: Packing) -> Tensor:
-    """Queries (B, A, L, H / A) of packed states (S, H)."""
-    return split_heads(packing.pad(block.self.query(states)), block.self.num_attention_heads)
-
-
 def self_attention(layer: Layer, states: Tensor, packing: Packing) -> Tensor:
     """The layer's self-attention block: (S, H) -> (S, H)."""
     block, inner = layer.attention, layer.attention.self
     query, key, value = (
-        split_heads(packing.pad(project(states)), inner.num_attention_heads)
+        split_heads(packing.pad(dense(project, states)), inner.num_attention_heads)
         for project in (inner.query, inner.key, inner.value)
     )
     context = functional.scaled_dot_product_attention(
         query, key, value, attn_mask=packing.mask, dropout_p=dropout_of(block)
     )
-    output: Tensor = block.output(packing.pack(merge_heads(context)), states)
-    return output
+    return after(block.output, packing.pack(merge_heads(context)), states)
 
 
-@dataclass(frozen=True)
-class Source:
-    """What cross-attention reads: keys and values of distinct images, and which pair reads which."""
+def first_token_attention(layer: Layer, states: Tensor, packing: Packing) -> Tensor:
+    """The layer's self-attention block for the first token of each text alone: (S, H) -> (B, H).
 
-    keys: Tensor  # (U, A, T, H / A)
-    values: Tensor  # (U, A, T, H / A)
-    groups: ImageGroups
-
-
-def cross_attention(block: Block, states: Tensor, packing: Packing, source: Source) -> Tensor:
-    """A layer's cross-attention block: (S, H) -> (S, H)."""
-    query = queries(block, states, packing)
-    context = cross_context(query, source.keys, source.values, source.groups, dropout_of(block))
-    output: Tensor = block.output(packing.pack(merge_heads(context)), states)
-    return output
+    Enough in the last layer of a model that reads nothing else of it.
+    """
+    block, inner = layer.attention, layer.attention.self
+    own = states[packing.first]  # (B, H)
+    query = split_heads(dense(inner.query, own)[:, None], inner.num_attention_heads)
+    key, value = (
+        split_heads(packing.pad(dense(project, states)), inner.num_attention_heads)
+        for project in (inner.key, inner.value)
+    )
+    context = functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=packing.mask, dropout_p=dropout_of(block)
+    )
+    return after(block.output, merge_heads(context)[:, 0], own)
 
 
 def dropout_of(block: Block) -> float:
@@ -118,7 +118,13 @@ def dropout_of(block: Block) -> float:
 
 def feed_forward(layer: Layer, states: Tensor) -> Tensor:
     """The layer's feed-forward block: (S, H) -> (S, H)."""
-    output: Tensor = layer.output(layer.intermediate(states), states)
+    inner = dense(layer.intermediate.dense, states, layer.intermediate.intermediate_act_fn)
+    return after(layer.output, inner, states)
+
+
+def after(block: Any, rows: Tensor, residual: Tensor) -> Tensor:  # noqa: ANN401 - the output part of a block
+    """What follows attention and feed-forward: dense layer, dropout, residual, norm: (S, C), (S, H) -> (S, H)."""
+    output: Tensor = block.LayerNorm(block.dropout(dense(block.dense, rows)) + residual)
     return output
 
 
@@ -129,33 +135,25 @@ def text_only(layers: Iterable[Layer], states: Tensor, packing: Packing) -> Tens
     return states
 
 
-def grid_attention(query: Tensor, keys: Tensor, others: int) -> Tensor:
-    """Log-probabilities (B, L, G) float32, mean over heads, over the keys after the first ``others`` (class tokens).
-
-    The softmax runs over all keys per head, the mean over heads is of probabilities, and what is left of a row after
-    the columns of class tokens are dropped is normalised again. Computed with logarithms: no cell becomes -inf.
-    """
-    logits = query.float() @ keys.float().transpose(-1, -2) / query.shape[-1] ** 0.5  # (B, A, L, T)
-    mean = torch.logsumexp(logits.log_softmax(dim=-1), dim=1)  # (B, L, T), up to a constant that the next line removes
-    return mean[..., others:].log_softmax(dim=-1)
-
-
-def used_length(attention_mask: Tensor) -> int:
-    """Tokens of the longest text: columns past it are padding in every row."""
-    columns = attention_mask.bool().any(dim=0).nonzero()
-    return int(columns.max()) + 1 if columns.numel() else 1
-
-
 def image_tower(vision: Any, pixels: Tensor) -> Tensor:  # noqa: ANN401 - a BlipVisionModel
     """BLIP's image tower with fused attention: (N, 3, height, width) -> (N, T, H), class token first."""
     states: Tensor = vision.embeddings(pixels)
     for layer in vision.encoder.layers:
         attention = layer.self_attn
-        mixed = attention.qkv(layer.layer_norm1(states)).view(*states.shape[:2], 3, attention.num_heads, -1)
+        mixed = dense(attention.qkv, layer.layer_norm1(states))
+        mixed = mixed.view(*states.shape[:2], 3, attention.num_heads, -1)
         query, key, value = mixed.permute(2, 0, 3, 1, 4)  # each (N, A, T, H / A)
         dropout = attention.dropout.p if attention.dropout.training else 0.0
         context = functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-        states = states + attention.projection(merge_heads(context))
-        states = states + layer.mlp(layer.layer_norm2(states))
+        states = states + dense(attention.projection, merge_heads(context))
+        inner = dense(layer.mlp.fc1, layer.layer_norm2(states), layer.mlp.activation_fn)
+        states = states + dense(layer.mlp.fc2, inner)
     output: Tensor = vision.post_layernorm(states)
     return output
+
+
+def dense_blocks(*, compiled: bool) -> tuple[Callable[[Any, Tensor], Tensor], Callable[[Layer, Tensor], Tensor]]:
+    """``image_tower`` and ``feed_forward``, through ``torch.compile`` where asked for."""
+    if not compiled:
+        return image_tower, feed_forward
+    return torch.compile(image_tower), torch.compile(feed_forward, dynamic=True)

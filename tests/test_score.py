@@ -113,6 +113,36 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(tmp_path, caplog):
     assert [record.args[2] for record in caplog.records] == [32, 16, 8, 4]  # said once each, and not begun anew
 
 
+def test_images_are_encoded_together_as_far_as_their_memory_fits(tmp_path):
+    class Counting(ToyTeacher):
+        together: list[int] = []
+
+        def encode_images(self, inputs):
+            self.together = [*self.together, len(inputs["shade"])]
+            memory = super().encode_images(inputs)
+            return {**memory, "keys": torch.zeros(len(memory["number"]), 1000)}  # 4,000 bytes an image
+
+    teacher = Counting()
+    store = make(tmp_path, teacher)
+    images, captions = some_pairs(300)
+    run(teacher, store, images, captions, images_per_batch=16, image_memory_bytes=5 * 4100)
+    np.testing.assert_array_equal(teacher_scores(store, images, captions), expected_scores(images, captions))
+    assert teacher.together[0] == 16  # what an image takes is not known before
+    assert 1 < max(teacher.together[1:]) <= 5
+    assert sorted(teacher.images) == sorted(set(images.tolist()))
+
+
+def test_it_says_how_much_the_store_served(tmp_path, caplog):
+    teacher = ToyTeacher()
+    store = make(tmp_path, teacher)
+    images, captions = some_pairs(300)
+    run(teacher, store, images[:100], captions[:100])
+    with caplog.at_level(logging.INFO, "distill.score"):
+        report = run(teacher, store, images, captions)
+    assert (report.asked, report.served_from_store) == (200, 100)
+    assert "teacher: 200 pairs asked, 100 served from the store" in caplog.messages
+
+
 def test_one_pair_that_does_not_fit_is_an_error(tmp_path):
     teacher = ToyTeacher(memory_for=0)
     with pytest.raises(torch.OutOfMemoryError):

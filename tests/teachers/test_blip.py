@@ -10,7 +10,7 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, BlipF
 from distill.protocols import Freezable, MapsTeacher, TeachableTeacher, Teacher
 from teachers import BlipOptions, BlipTeacher
 from teachers.blip_options import check_heads, resolve_enc_token
-from teachers.grouping import group_by_image
+from teachers.crossattention import plan_pairs
 from tests.teachers.tiny_teachers import LAYER, TEXTS, blip, every_pair, memories, pictures, tokenizer
 
 
@@ -91,11 +91,13 @@ def test_score_kinds(kind):
 
 def test_embeddings_are_unit_vectors_and_keep_cls():
     teacher = blip()
-    images, texts = memories(teacher)
-    for memory in (images, texts):
-        torch.testing.assert_close(memory["embedding"].norm(dim=1), torch.ones(len(memory["embedding"])))
+    with torch.no_grad():
+        images = teacher.embed("image", teacher.prepare_images(pictures(3)))
+        texts = teacher.embed("text", teacher.prepare_texts(TEXTS))
+    for vectors in (images, texts):
+        torch.testing.assert_close(vectors.norm(dim=1), torch.ones(len(vectors)))
     pairs = every_pair()
-    got = (images["embedding"][pairs[0]] * texts["embedding"][pairs[1]]).sum(dim=1)
+    got = (images[pairs[0]] * texts[pairs[1]]).sum(dim=1)
     torch.testing.assert_close(got, library_cosine(teacher, *pairs), atol=2e-6, rtol=1e-5)
 
 
@@ -112,8 +114,9 @@ def test_order_grouping_and_chunks_change_nothing(size, training):
         )
     order = torch.randperm(len(image_rows), generator=torch.Generator().manual_seed(0))
     lopsided = torch.cat([order, order[image_rows[order] == 0].repeat(9)])  # one image far more often than the others
-    assert group_by_image(image_rows[order]).slots is not None
-    assert group_by_image(image_rows[lopsided]).slots is None  # too uneven to attend in equal groups
+    lengths = texts["attention_mask"].sum(dim=1)[text_rows]
+    assert len(plan_pairs(image_rows[order], lengths[order]).buckets) == 1  # every image has the same texts
+    assert len(plan_pairs(image_rows[lopsided], lengths[lopsided]).buckets) > 1  # too uneven for one call
     with torch.set_grad_enabled(training):
         for rows in (order, lopsided):
             got = teacher.score(images, texts, image_rows[rows], text_rows[rows])
@@ -134,10 +137,20 @@ def test_longer_companions_do_not_change_a_text():
         rows = torch.arange(3), torch.zeros(3, dtype=torch.long)
         short = teacher.encode_texts(teacher.prepare_texts(TEXTS[:1]))
         padded = teacher.encode_texts(teacher.prepare_texts(TEXTS))
-        assert padded["input_ids"].shape[1] > short["input_ids"].shape[1]
+        assert padded["states"].shape[1] > short["states"].shape[1]
         got, expected = teacher.score(images, padded, *rows), teacher.score(images, short, *rows)
+        alone, together = (teacher.embed("text", teacher.prepare_texts(texts)) for texts in (TEXTS[:1], TEXTS))
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(padded["embedding"][:1], short["embedding"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(together[:1], alone, atol=1e-5, rtol=0)
+
+
+def test_the_contrastive_pass_over_texts_runs_only_where_it_is_read():
+    seen = {}
+    for kind in ("log_odds", "logit", "logit+cosine", "cosine"):
+        teacher = blip(score_kind=kind)
+        seen[kind] = "embedding" in memories(teacher)[1]
+        assert "embedding" in teacher.encode_texts(teacher.prepare_texts(TEXTS))  # with gradient: teaching reads it
+    assert seen == {"log_odds": False, "logit": False, "logit+cosine": True, "cosine": True}
 
 
 def test_an_image_is_encoded_once_and_its_keys_once_a_layer():

@@ -8,7 +8,7 @@ from transformers import DistilBertConfig, DistilBertModel
 from distill.protocols import Freezable, MapsTeacher, TeachableTeacher, Teacher
 from teachers import FusionDesign, FusionOptions, FusionTeacher
 from teachers.backbones import most_text_tokens
-from teachers.grouping import group_by_image
+from teachers.crossattention import PackedPairs, plan_pairs
 from teachers.layers import Packing, text_only
 from tests.teachers.tiny_teachers import TEXTS, blip, cnn, every_pair, fusion, memories, pictures, text_model, tokenizer
 
@@ -67,13 +67,14 @@ def test_starts_as_the_pretrained_text_encoder(family):
     """Before training cross-attention adds nothing: fused states are the library's own, whatever the image."""
     teacher = fusion(family=family, shaken=False)
     images, texts = memories(teacher)
-    pairs = teacher._pairs(images, texts, *every_pair(), trim=True)
-    inputs = teacher.prepare_texts(TEXTS)
+    seen = []
+    teacher.itm_head.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs))
     with torch.no_grad():
-        expected = text_model(family)(**inputs).last_hidden_state[every_pair()[1]]
-        fused = teacher._fused(pairs, teacher.design.fusion_layers)
-    real = pairs.packing.attention.bool()
-    torch.testing.assert_close(fused, expected[real], atol=1e-5, rtol=1e-5)
+        expected = text_model(family)(**teacher.prepare_texts(TEXTS)).last_hidden_state[every_pair()[1]]
+        teacher.score(images, texts, *every_pair())
+    ((fused, mask),) = seen
+    order = PackedPairs.of(images, texts, *every_pair()).plan.order
+    torch.testing.assert_close(fused[mask.bool()], expected[order][mask.bool()], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "layer"), [("deep", 4), ("shallow", 3)])
@@ -133,8 +134,9 @@ def test_order_grouping_and_chunks_change_nothing(size, training, eye):
         )
     order = torch.randperm(len(image_rows), generator=torch.Generator().manual_seed(0))
     lopsided = torch.cat([order, order[image_rows[order] == 0].repeat(9)])  # one image far more often than the others
-    assert group_by_image(image_rows[order]).slots is not None
-    assert group_by_image(image_rows[lopsided]).slots is None  # too uneven to attend in equal groups
+    lengths = texts["attention_mask"].sum(dim=1)[text_rows]
+    assert len(plan_pairs(image_rows[order], lengths[order]).buckets) == 1  # every image has the same texts
+    assert len(plan_pairs(image_rows[lopsided], lengths[lopsided]).buckets) > 1  # too uneven for one call
     with torch.set_grad_enabled(training):
         for rows in (order, lopsided):
             got = teacher.score(images, texts, image_rows[rows], text_rows[rows])
@@ -301,31 +303,35 @@ def test_frozen_identity_follows_the_frozen_part_alone():
     assert moved.frozen_identity("image") != image
 
 
+def slow_rows(query, keys, heads):
+    """Attention probabilities (A, L, T), head by head."""
+    query, keys = query.unflatten(1, (heads, -1)), keys.unflatten(1, (heads, -1))
+    return torch.stack([(query[:, h] @ keys[:, h].T / query.shape[2] ** 0.5).softmax(dim=1) for h in range(heads)])
+
+
 def test_attention_maps_equal_a_slow_reference():
     teacher = fusion(eye="vit")
     images, texts = memories(teacher)
     image_rows, text_rows = every_pair()
+    first, last = teacher.cross
+    before, fused = teacher.text.fused_layers
     with torch.no_grad():
         maps = teacher.attention_maps(images, texts, image_rows, text_rows)
-        pairs = teacher._pairs(images, texts, image_rows, text_rows, trim=False)
-        states = pairs.packing.pad(teacher._fused(pairs, 1))
-        last, block = teacher.text.fused_layers[-1], teacher.cross[-1]
-        bias = torch.zeros(texts["attention_mask"][text_rows].shape).masked_fill(
-            texts["attention_mask"][text_rows] == 0, -1e9
-        )[:, None, None]
-        states = last.attention(states, attention_mask=bias)[0]
-        query = block.query(block.norm(states))
-    keys = images["keys"][image_rows, -1]
     assert teacher.grid == (3, 3)
     assert maps.shape == (len(image_rows), texts["attention_mask"].shape[1], 9)
-    for pair in range(len(image_rows)):
-        for token in range(int(texts["attention_mask"][text_rows[pair]].sum())):
-            heads = query[pair, token].view(block.heads, -1)
-            rows = torch.stack(
-                [(keys[pair, h] @ heads[h] / heads.shape[1] ** 0.5).softmax(0) for h in range(block.heads)]
-            )
-            cells = rows.mean(dim=0)[1:]  # without the class token
-            torch.testing.assert_close(maps[pair, token].exp(), cells / cells.sum(), atol=1e-6, rtol=1e-5)
+    for pair, (image, text) in enumerate(zip(image_rows, text_rows, strict=True)):
+        real = int(texts["attention_mask"][text].sum())
+        with torch.no_grad():
+            states = texts["states"][text, :real]  # past the first fused layer's self-attention
+            query = first.query(first.norm(states))
+            rows = slow_rows(query, images["keys"][image, 0], first.heads)  # (A, L, T)
+            values = images["values"][image, 0].unflatten(1, (first.heads, -1))
+            states = states + first.output(torch.cat([rows[h] @ values[:, h] for h in range(first.heads)], dim=1))
+            states = fused.attention(before.output(before.intermediate(states), states)[None])[0][0]
+            rows = slow_rows(last.query(last.norm(states)), images["keys"][image, 1], last.heads)
+        cells = rows.mean(dim=0)[:, 1:]  # without the class token
+        expected = cells / cells.sum(dim=1, keepdim=True)
+        torch.testing.assert_close(maps[pair, :real].exp(), expected, atol=1e-6, rtol=1e-5)
     assert maps.isfinite().all()
 
 
