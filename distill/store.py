@@ -8,9 +8,6 @@ time.
 from __future__ import annotations
 
 import logging
-import os
-import re
-import shutil
 import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,21 +16,30 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distill.durable import exclusively, sweep_temporaries
-from distill.pairtable import Compacted, empty_table, open_compacted, table_of, write_compacted
-from distill.protocols import fingerprint
-from distill.unit import BadUnitError, Origin, read_unit, write_unit
+from distill.pairtable import (
+    empty_table,
+    find_first,
+    in_order,
+    no_table,
+    open_compacted,
+    remove_table,
+    table_folders,
+    table_of,
+    write_compacted,
+)
+from distill.unit import BadUnitError, Origin, list_units, read_unit, unit_path, write_unit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import ArrayLike
 
-    from distill.pairtable import Part, Scores, Stamp
+    from distill.pairtable import Compacted, Part, Scores, Stamp
     from distill.protocols import Ids, ScoreKind
 
 _LOG = logging.getLogger(__name__)
-_UNIT_NAME = re.compile(r"unit-([0-9a-f]{32})\.parquet")
 _SHOWN = 5  # ids or files listed in an error
+_LOOKUP_PAIRS = 1 << 22  # looked up in one go
 
 
 class MissingScoresError(ValueError):
@@ -42,6 +48,10 @@ class MissingScoresError(ValueError):
 
 class NonFiniteScoresError(ValueError):
     """A teacher gave NaN or infinity."""
+
+
+class _OlderUnitError(Exception):
+    """A unit cannot be laid over the table at hand: it is older than one that it disagrees with."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,8 @@ class StoreStats:
 class ScoreStore:
     """Scores of one teacher on one corpus. Any number of processes may write and read; instances can be pickled.
 
-    Where two units hold the same pair, the one renamed last counts (by modification time, then by name).
+    Where two units hold the same pair, the later one counts (by modification time, then by name). Opening reads the
+    units that no table holds, at most ``overlay_pairs`` pairs of them into memory.
 
     Raises:
         BadUnitError: on opening, when a unit is torn, altered or of another origin.
@@ -75,13 +86,12 @@ class ScoreStore:
     ) -> None:
         """``overlay_pairs``: how many pairs are held in memory before they are compacted on disk."""
         self.origin = Origin(teacher_identity, corpus_fingerprint, score_kind, int(n_images), int(n_texts))
-        _check_origin(self.origin)
         self._about = asdict(self.origin)
         self._root, self._overlay_pairs = Path(folder), overlay_pairs
         self.folder = self._root / teacher_identity / corpus_fingerprint
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = threading.RLock()
-        self._base = Compacted(empty_table(), {})
+        self._base = no_table()
         self._fresh: dict[str, tuple[Stamp, Part]] = {}  # units that the base lacks
         self._overlay = empty_table()
         self._stale = False
@@ -95,28 +105,25 @@ class ScoreStore:
         self.__init__(**state)  # type: ignore[misc]
 
     def lookup(self, image_ids: ArrayLike, text_ids: ArrayLike) -> Scores:
-        """Scores float32 of the pairs, in the shape both ids broadcast to; NaN where there is none or an id is -1."""
-        keys = self._keys(image_ids, text_ids)
+        """Scores float32 of the pairs, in the shape both ids broadcast to; NaN where there is none or an id is -1.
+
+        Memory beyond ids and scores does not grow with their number or with the store.
+        """
+        images, texts = np.broadcast_arrays(np.asarray(image_ids, np.int64), np.asarray(text_ids, np.int64))
         with self._lock:
             if self._stale:
                 self.refresh()
-            base, overlay = self._base.table, self._overlay
-        flat = keys.reshape(-1)
-        ascending = len(flat) < 2 or bool((flat[1:] >= flat[:-1]).all())
-        order = None if ascending else np.argsort(flat)
-        wanted = flat if order is None else flat[order]
-        found = overlay.find(wanted)
-        rest = np.isnan(found)
-        found[rest] = base.find(wanted[rest])
-        if order is not None:
-            unsorted = np.empty_like(found)
-            unsorted[order] = found
-            found = unsorted
-        return found.reshape(keys.shape)
+            tables = self._overlay, self._base.table
+        found = np.empty(images.size, np.float32)
+        images, texts, shape = images.reshape(-1), texts.reshape(-1), images.shape
+        for start in range(0, len(found), _LOOKUP_PAIRS):
+            piece = slice(start, start + _LOOKUP_PAIRS)
+            found[piece] = find_first(self._keys(images[piece], texts[piece]), *tables)
+        return found.reshape(shape)
 
     def missing(self, image_ids: ArrayLike, text_ids: ArrayLike) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Whether the pair has no score yet; False where an id is -1, as there is nothing to ask."""
-        return np.isnan(self.lookup(image_ids, text_ids)) & (self._keys(image_ids, text_ids) >= 0)
+        return _absent(self.lookup(image_ids, text_ids), image_ids, text_ids)
 
     def require(self, image_ids: ArrayLike, text_ids: ArrayLike) -> Scores:
         """As ``lookup``, but every pair must have a score; NaN only where an id is -1.
@@ -124,17 +131,27 @@ class ScoreStore:
         Raises:
             MissingScoresError: with the count and the first pairs.
         """
-        absent = self.missing(image_ids, text_ids)
+        found = self.lookup(image_ids, text_ids)
+        absent = _absent(found, image_ids, text_ids)
         if absent.any():
             self.refresh()  # another process may have written them
-            absent = self.missing(image_ids, text_ids)
+            found = self.lookup(image_ids, text_ids)
+            absent = _absent(found, image_ids, text_ids)
         if absent.any():
-            pairs = np.stack(np.divmod(self._keys(image_ids, text_ids)[absent], self.origin.n_texts), axis=-1)
+            pairs = np.stack([np.broadcast_to(ids, absent.shape)[absent] for ids in (image_ids, text_ids)], axis=-1)
             raise MissingScoresError(
                 f"{len(pairs)} of {absent.size} pairs have no score in {self.folder}, the first (image, text): "
                 f"{_listed(pairs)}. Score them first; what is there already is not asked again."
             )
-        return self.lookup(image_ids, text_ids)
+        return found
+
+    def pairs(self) -> Iterator[tuple[Ids, Ids, Scores]]:
+        """Every distinct pair, by image, then text, in pieces of image ids, text ids, scores (P,); compacts first."""
+        with self._lock:
+            self.compact()
+            table = self._base.table
+        for keys, scores in table.parts():
+            yield *np.divmod(keys, self.origin.n_texts), scores
 
     def write_unit(self, image_ids: ArrayLike, text_ids: ArrayLike, scores: ArrayLike) -> Path:
         """Keep the scores (P,) of the pairs (P,), in any order, as one unit; returns its file.
@@ -172,32 +189,34 @@ class ScoreStore:
         """
         with self._lock:
             self._stale = False
-            stamps = self._listed_units()
-            if not set(self._base.stamps) <= set(stamps) or not self._base.stamps:
-                self._base = self._best_table(stamps)
-            self._fresh = {name: kept for name, kept in self._fresh.items() if stamps.get(name) == kept[0]}
-            new = [name for name, stamp in stamps.items() if self._base.stamps.get(name) != stamp]
-            if self._read_fresh([name for name in new if name not in self._fresh], keep=set(new)):
-                order = sorted(self._fresh.items(), key=lambda kept: (kept[1][0][1], kept[0]))
-                self._overlay = table_of(part for _, (_, part) in order)
+            stamps = list_units(self.folder)
+            if not self._base.stamps or not self._base.stamps.keys() <= stamps.keys():
+                base = self._best_table(stamps)
+                if base.path != self._base.path:
+                    self._base, self._fresh = base, {}
+            new = dict.fromkeys(self._base.lacks(stamps))
+            self._fresh = {name: kept for name, kept in self._fresh.items() if name in new and stamps[name] == kept[0]}
+            if self._read_fresh([name for name in new if name not in self._fresh]):
+                held = {name: stamp for name, (stamp, _) in self._fresh.items()}
+                self._overlay = table_of(self._fresh[name][1] for name in in_order(held))
             else:
                 self.compact()
 
     def compact(self) -> None:
-        """Merge all units into one memory-mapped table on disk, with bounded memory; older tables are removed."""
+        """Merge all units into one memory-mapped table on disk, with bounded memory; older tables are removed.
+
+        Raises:
+            BadUnitError: naming the files.
+        """
         with self._lock:
-            stamps = self._listed_units()
-            if not stamps:
-                return
-            path = self.folder / f"table-{fingerprint(sorted(stamps))}"
             with exclusively(self.folder / "table"):
-                made = open_compacted(path, self._about)
-                if made is None or made.stamps != stamps:
-                    self._write_table(path, stamps)
-                    made = open_compacted(path, self._about)
-                if made is None:
-                    raise OSError(f"the table {path} vanished while it was made; open the store again")
-                self._prune_tables(keep=path)
+                stamps = list_units(self.folder)  # now: another process may have merged more while this one waited
+                made = self._best_table(stamps)
+                if made.stamps != stamps:
+                    made = self._merged(made, stamps)
+                for path in table_folders(self.folder):
+                    if path != made.path:
+                        remove_table(path)
             self._base, self._fresh, self._overlay = made, {}, empty_table()
 
     def stats(self) -> StoreStats:
@@ -206,9 +225,8 @@ class ScoreStore:
             self.refresh()
             stamps = {**self._base.stamps, **{name: stamp for name, (stamp, _) in self._fresh.items()}}
             overlaid = int(np.isnan(self._base.table.find(self._overlay.keys)).sum())
-            return StoreStats(
-                len(stamps), len(self._base.table.keys) + overlaid, sum(size for size, _ in stamps.values())
-            )
+            pairs = len(self._base.table.keys) + overlaid
+            return StoreStats(len(stamps), pairs, sum(size for size, _ in stamps.values()))
 
     def _keys(self, image_ids: ArrayLike, text_ids: ArrayLike) -> Ids:
         """Keys image * n_texts + text, -1 where either id is negative."""
@@ -219,77 +237,61 @@ class ScoreStore:
         keys: Ids = np.where((images < 0) | (texts < 0), -1, images * self.origin.n_texts + texts)
         return keys
 
-    def _listed_units(self) -> dict[str, Stamp]:
-        stamps = {}
-        with os.scandir(self.folder) as entries:
-            for entry in entries:
-                named = _UNIT_NAME.fullmatch(entry.name)
-                if named:
-                    status = entry.stat()
-                    stamps[named[1]] = (status.st_size, status.st_mtime_ns)
-        return stamps
-
-    def _read_fresh(self, names: list[str], *, keep: set[str]) -> bool:
-        """Verify the units; False when those to keep are too many for memory (then none of the new ones is held)."""
-        self._fresh = {name: kept for name, kept in self._fresh.items() if name in keep}
+    def _read_fresh(self, names: list[str]) -> bool:
+        """Verify and hold the units; False when they cannot be held beside the table: too many pairs, or too old."""
         held = sum(len(part[0]) for _, part in self._fresh.values())
+        for name, stamp, part in self._verified(names):
+            held += len(part[0])
+            if held > self._overlay_pairs or self._base.outlasts(name, stamp, part):
+                return False
+            self._fresh[name] = (stamp, part)
+        return True
+
+    def _verified(self, names: list[str]) -> Iterator[tuple[str, Stamp, Part]]:
+        """Name, stamp and content of the units; at the end, an error that names all that were bad."""
         faults: list[str] = []
         for name in names:
             try:
-                unit = read_unit(self._unit_path(name), self.origin)
+                unit = read_unit(unit_path(self.folder, name), self.origin)
             except BadUnitError as error:
                 faults.append(str(error))
                 continue
-            held += len(unit.keys)
-            if held <= self._overlay_pairs:
-                self._fresh[name] = (unit.stamp, (unit.keys, unit.scores))
+            yield name, unit.stamp, (unit.keys, unit.scores)
         if faults:
             self._stale = True
             more = f"\n... and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
             raise BadUnitError("\n".join(faults[:_SHOWN]) + more)
-        return held <= self._overlay_pairs
-
-    def _unit_path(self, name: str) -> Path:
-        return self.folder / f"unit-{name}.parquet"
 
     def _best_table(self, stamps: dict[str, Stamp]) -> Compacted:
         """The largest table on disk all of whose units are still there."""
-        found = [open_compacted(path, self._about) for path in sorted(self.folder.glob("table-*"))]
-        usable = [base for base in found if base is not None and set(base.stamps) <= set(stamps)]
-        return max(usable, key=lambda base: len(base.table.keys), default=Compacted(empty_table(), {}))
+        found = [open_compacted(path, self._about) for path in table_folders(self.folder)]
+        usable = [base for base in found if base is not None and base.stamps.keys() <= stamps.keys()]
+        return max(usable, key=lambda base: len(base.table.keys), default=no_table())
 
-    def _write_table(self, path: Path, stamps: dict[str, Stamp]) -> None:
-        base = self._best_table(stamps)
-        new = sorted((stamp[1], name) for name, stamp in stamps.items() if base.stamps.get(name) != stamp)
-        read = dict(base.stamps)
+    def _merged(self, base: Compacted, stamps: dict[str, Stamp]) -> Compacted:
+        """A new table on disk of exactly these units; those that the base lacks are read."""
 
         def parts() -> Iterator[Part]:
-            yield from base.table.parts()
-            for _, name in new:
-                unit = read_unit(self._unit_path(name), self.origin)
-                read[name] = unit.stamp
-                yield unit.keys, unit.scores
+            for name, stamp, part in self._verified(base.lacks(stamps)):
+                if base.outlasts(name, stamp, part):
+                    raise _OlderUnitError
+                yield part
 
-        _LOG.info("compacting %d new score units into %s", len(new), path)
-        write_compacted(
-            path, parts, key_end=self.origin.n_images * self.origin.n_texts, origin=self._about, stamps=read
-        )
+        _LOG.info("compacting %d new score units of %s", len(base.lacks(stamps)), self.folder)
+        try:
+            path = write_compacted(self.folder, base.table, parts(), origin=self._about, stamps=stamps)
+        except _OlderUnitError:
+            return self._merged(no_table(), stamps)
+        made = open_compacted(path, self._about)
+        if made is None:
+            raise OSError(f"the table {path} vanished while it was made; open the store again")
+        return made
 
-    def _prune_tables(self, *, keep: Path) -> None:
-        for path in self.folder.glob("table-*"):
-            if path != keep:  # who has it memory-mapped keeps the data; its next opening finds the new one
-                shutil.rmtree(path, ignore_errors=True)
 
-
-def _check_origin(origin: Origin) -> None:
-    for name in (origin.teacher_identity, origin.corpus_fingerprint):
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
-            raise ValueError(f"an identity names a folder: letters, digits, '.', '_', '-' only; got {name!r}")
-    if min(origin.n_images, origin.n_texts) < 1 or origin.n_images * origin.n_texts >= 2**63:
-        raise ValueError(
-            f"n_images and n_texts must be at least 1 and their product below 2**63; got {origin.n_images}, "
-            f"{origin.n_texts}"
-        )
+def _absent(found: Scores, image_ids: ArrayLike, text_ids: ArrayLike) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    absent: np.ndarray[Any, np.dtype[np.bool_]] = np.isnan(found)
+    absent &= (np.asarray(image_ids) >= 0) & (np.asarray(text_ids) >= 0)
+    return absent
 
 
 def _listed(pairs: Ids) -> str:

@@ -2,7 +2,7 @@
 
 Row per image: ``image_id`` int64, ``text_ids`` list<int64>, ``logits`` list<float32>. The footer holds schema version,
 origin, counts, software versions, a checksum of ids and scores, and a digest of the whole file in which the digest's
-own place holds zeros: no flipped byte goes unseen.
+own place holds zeros: no flipped byte goes unseen, and none reaches the Parquet reader.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import hashlib
 import io
 import json
 import os
-from dataclasses import asdict, dataclass
+import re
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -23,21 +25,30 @@ from distill.protocols import fingerprint
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from distill.pairtable import Scores
+    from distill.pairtable import Scores, Stamp
     from distill.protocols import Ids, ScoreKind
 
 SCHEMA_VERSION = 1
+_UNIT_NAME = re.compile(r"unit-([0-9a-f]{32})\.parquet")
 _DIGEST_PLACE = b"0" * 64
+_DIGEST_KEY = b"file_sha256\x18\x40"  # Thrift's compact framing: a string (0x18) of 64 (0x40) bytes follows the key
+_MAGIC = b"PAR1"
 _SOFTWARE = ("cross2dual", "numpy", "pyarrow", "torch", "transformers")
 
 
 class BadUnitError(ValueError):
-    """A unit file that is torn, altered, or of another origin."""
+    """A unit file that is torn, altered, or of another origin. ``fault`` is the reason alone."""
+
+    fault = "is no unit that can be used"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What scores depend on besides their pair; scores of another origin are never mixed in."""
+    """What scores depend on besides their pair; scores of another origin are never mixed in.
+
+    Raises:
+        ValueError: a name that is no folder name, or a corpus whose pairs cannot be numbered.
+    """
 
     teacher_identity: str
     corpus_fingerprint: str
@@ -45,14 +56,43 @@ class Origin:
     n_images: int
     n_texts: int
 
+    def __post_init__(self) -> None:
+        for name in (self.teacher_identity, self.corpus_fingerprint):
+            if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
+                raise ValueError(f"an identity names a folder: letters, digits, '.', '_', '-' only; got {name!r}")
+        if min(self.n_images, self.n_texts) < 1 or self.n_images * self.n_texts >= 2**63:
+            raise ValueError(
+                f"n_images and n_texts must be at least 1 and their product below 2**63; got {self.n_images}, "
+                f"{self.n_texts}"
+            )
+
 
 @dataclass(frozen=True)
 class Unit:
     """A verified unit as read."""
 
     keys: Ids  # (P,) image * n_texts + text, ascending
-    scores: Scores  # (P,)
-    stamp: tuple[int, int]  # file size in bytes, modification time in ns
+    scores: Scores  # (P,) finite
+    stamp: Stamp
+    content: bytes = field(repr=False)  # of the file
+
+
+def unit_path(folder: Path, name: str) -> Path:
+    """File of the unit with this id."""
+    return folder / f"unit-{name}.parquet"
+
+
+def list_units(folder: Path) -> dict[str, Stamp]:
+    """Stamps of the units in a folder, by unit id; nothing is read."""
+    stamps = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            named = _UNIT_NAME.fullmatch(entry.name)
+            with suppress(FileNotFoundError):  # moved aside meanwhile
+                if named:
+                    status = entry.stat()
+                    stamps[named[1]] = (status.st_size, status.st_mtime_ns)
+    return stamps
 
 
 def unit_id(origin: Origin, keys: Ids) -> str:
@@ -65,7 +105,7 @@ def write_unit(folder: Path, origin: Origin, keys: Ids, scores: Scores) -> Path:
     name = unit_id(origin, keys)
     content = _parquet(origin, name, keys, scores)
     content = _replaced_last(content, _DIGEST_PLACE, hashlib.sha256(content).hexdigest().encode())
-    path = folder / f"unit-{name}.parquet"
+    path = unit_path(folder, name)
     write_atomically(path, lambda file: file.write(content))
     return path
 
@@ -76,27 +116,42 @@ def read_unit(path: Path, origin: Origin) -> Unit:
     Raises:
         BadUnitError: torn, altered, misnamed, or made with another teacher, corpus or score kind.
     """
-    import pyarrow
-    import pyarrow.parquet
-
     with open(path, "rb") as file:
         status = os.fstat(file.fileno())
         content = file.read()
-    try:
-        parquet = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content))
-        footer = {key.decode(): value.decode() for key, value in (parquet.metadata.metadata or {}).items()}
-        _check_footer(path, content, footer, origin)  # before any data is decoded
-        table = parquet.read(use_threads=False)
-        columns = [table[name].combine_chunks() for name in ("image_id", "text_ids", "logits")]
-    except (pyarrow.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
-        raise _refused(path, f"is torn or no unit at all ({type(error).__name__})") from error
+    _check_digest(path, content)
+    footer, columns = _decoded(path, content)
+    _check_footer(path, footer, origin)
     images, texts, logits = columns
-    lengths = np.diff(texts.offsets.to_numpy())
-    keys = np.repeat(images.to_numpy(), lengths) * origin.n_texts + texts.values.to_numpy()
-    scores = logits.values.to_numpy()
-    if footer["checksum"] != fingerprint(keys, scores) or footer["unit"] != unit_id(origin, keys):
+    rows, ids, scores = images.to_numpy(), texts.values.to_numpy(), logits.values.to_numpy()
+    keys = np.repeat(rows, np.diff(texts.offsets.to_numpy())) * origin.n_texts + ids
+    if footer.get("checksum") != fingerprint(keys, scores) or footer["unit"] != unit_id(origin, keys):
         raise _refused(path, "has ids or scores that do not match its checksum")
-    return Unit(keys, scores, (status.st_size, status.st_mtime_ns))
+    if not len(keys) or rows.min() < 0 or rows.max() >= origin.n_images or ids.min() < 0 or ids.max() >= origin.n_texts:
+        raise _refused(path, "has no pairs, or ids outside its corpus")
+    if (keys[1:] <= keys[:-1]).any():
+        raise _refused(path, "holds a pair twice, or pairs out of order")
+    if not np.isfinite(scores).all():
+        raise _refused(path, f"holds {int((~np.isfinite(scores)).sum())} scores that are not finite")
+    return Unit(keys, scores, (status.st_size, status.st_mtime_ns), content)
+
+
+def read_origin(path: Path) -> Origin:
+    """What a unit says of its origin, from its footer alone: quick, and not verified.
+
+    Raises:
+        BadUnitError: torn, or not a unit.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        found = pyarrow.parquet.read_metadata(path).metadata or {}
+        footer = {key.decode(): value.decode() for key, value in found.items()}
+        identity, corpus, kind = (footer[key] for key in ("teacher_identity", "corpus_fingerprint", "score_kind"))
+        return Origin(identity, corpus, cast("ScoreKind", kind), int(footer["n_images"]), int(footer["n_texts"]))
+    except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
+        raise _refused(path, f"is torn or no unit at all ({type(error).__name__})") from error
 
 
 def _parquet(origin: Origin, name: str, keys: Ids, scores: Scores) -> bytes:
@@ -133,19 +188,40 @@ def _parquet(origin: Origin, name: str, keys: Ids, scores: Scores) -> bytes:
     return buffer.getvalue()
 
 
-def _check_footer(path: Path, content: bytes, footer: dict[str, str], origin: Origin) -> None:
+def _check_digest(path: Path, content: bytes) -> None:
+    """Before anything is parsed: whoever flips a byte does not get to choose what a parser makes of it."""
+    at = content.rfind(_DIGEST_KEY) + len(_DIGEST_KEY)
+    if content[:4] != _MAGIC or content[-4:] != _MAGIC or at < len(_DIGEST_KEY):
+        raise _refused(path, "is torn or no unit at all")
+    view, end = memoryview(content), at + len(_DIGEST_PLACE)
+    digest = hashlib.sha256(view[:at])
+    digest.update(_DIGEST_PLACE)
+    digest.update(view[end:])
+    if digest.hexdigest().encode() != content[at:end]:
+        raise _refused(path, "does not match the digest in its footer: a byte has changed")
+
+
+def _decoded(path: Path, content: bytes) -> tuple[dict[str, str], list[Any]]:
+    """Footer, and the three columns."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        parquet = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content))
+        footer = {key.decode(): value.decode() for key, value in (parquet.metadata.metadata or {}).items()}
+        table = parquet.read(use_threads=False)
+        return footer, [table[name].combine_chunks() for name in ("image_id", "text_ids", "logits")]
+    except (pyarrow.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
+        raise _refused(path, f"is torn or no unit at all ({type(error).__name__})") from error
+
+
+def _check_footer(path: Path, footer: dict[str, str], origin: Origin) -> None:
     expected = {"schema_version": str(SCHEMA_VERSION), **{key: str(value) for key, value in asdict(origin).items()}}
     for key, value in expected.items():
         if footer.get(key) != value:
             raise _refused(path, f"has {key} {footer.get(key, 'missing')!r} where this store has {value!r}")
-    if footer.get("unit") is None or path.name != f"unit-{footer['unit']}.parquet":
+    if footer.get("unit") is None or path != unit_path(path.parent, footer["unit"]):
         raise _refused(path, f"holds unit {footer.get('unit')!r}, which is not what its name says")
-    digest = footer.get("file_sha256", "missing")
-    if (
-        digest.encode() not in content
-        or hashlib.sha256(_replaced_last(content, digest.encode(), _DIGEST_PLACE)).hexdigest() != digest
-    ):
-        raise _refused(path, "does not match the digest in its footer: a byte has changed")
 
 
 def _replaced_last(content: bytes, old: bytes, new: bytes) -> bytes:
@@ -155,10 +231,12 @@ def _replaced_last(content: bytes, old: bytes, new: bytes) -> bytes:
 
 
 def _refused(path: Path, fault: str) -> BadUnitError:
-    return BadUnitError(
-        f"score unit {path} {fault}. Nothing of it is used. Delete the file and score again: only its pairs are "
-        f"asked anew."
+    error = BadUnitError(
+        f"score unit {path} {fault}. Nothing of it is used. Move it aside with "
+        f"`distill store verify --quarantine {path.parent}` and score again: only its pairs are asked anew."
     )
+    error.fault = fault
+    return error
 
 
 @cache

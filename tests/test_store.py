@@ -4,6 +4,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.durable import TEMPORARY_PREFIX
+from distill.durable import TEMPORARY_PREFIX, exclusively
+from distill.protocols import fingerprint
 from distill.store import MissingScoresError, NonFiniteScoresError, ScoreStore
-from distill.unit import BadUnitError
+from distill.unit import BadUnitError, read_unit, write_unit
 
 ROOT = Path(__file__).resolve().parents[1]
 N_IMAGES, N_TEXTS = 20, 50
@@ -145,6 +147,128 @@ def test_compacted_table_is_reused_and_torn_ones_are_not(tmp_path):
     with open(tables[0] / "keys.npy", "r+b") as file:
         file.truncate(100)
     np.testing.assert_array_equal(make(tmp_path).lookup([4, 0], [1, 0]), np.float32([4.1, 0.0]))
+
+
+def test_opening_reads_no_unit_that_a_table_holds(tmp_path, monkeypatch):
+    store = make(tmp_path)
+    for image in range(4):
+        store.write_unit([image] * 2, [0, 1], [image, -image])
+    store.compact()
+    newest = store.write_unit([9], [9], [9.0])
+    read = []
+    monkeypatch.setattr(
+        "distill.store.read_unit", lambda path, origin: read.append(path.name) or read_unit(path, origin)
+    )
+    again = make(tmp_path)
+    assert read == [newest.name]
+    np.testing.assert_array_equal(again.lookup([3, 9, 0], [1, 9, 5]), np.float32([-3, 9, np.nan]))
+    again.compact()
+    assert read == [newest.name] * 2  # to what the old table holds the new unit is added
+
+
+def test_opening_many_new_units_reads_each_once_and_holds_no_more_than_allowed(tmp_path, monkeypatch):
+    store = make(tmp_path)
+    for image in range(8):
+        store.write_unit([image] * N_TEXTS, range(N_TEXTS), np.full(N_TEXTS, image))
+    read = []
+    monkeypatch.setattr(
+        "distill.store.read_unit", lambda path, origin: read.append(path.name) or read_unit(path, origin)
+    )
+    opened = make(tmp_path, overlay_pairs=2 * N_TEXTS)
+    assert len(set(read)) == 8
+    assert len(read) <= 8 + 3  # those that filled the memory are read again
+    assert opened._fresh == {}
+    assert isinstance(opened._base.table.keys.base, np.memmap)
+    np.testing.assert_array_equal(opened.lookup(np.arange(8), 7), np.arange(8, dtype=np.float32))
+
+
+def test_many_pairs_are_looked_up_piece_by_piece(tmp_path, monkeypatch):
+    store = make(tmp_path)
+    images, texts = all_pairs()
+    store.write_unit(images[::2], texts[::2], np.arange(500))
+    wanted = np.random.default_rng(0).permutation(1000)
+    expected = np.where(wanted % 2, np.nan, wanted // 2).astype(np.float32)
+    whole = store.lookup(images[wanted], texts[wanted])
+    monkeypatch.setattr("distill.store._LOOKUP_PAIRS", 64)
+    np.testing.assert_array_equal(whole, expected)
+    np.testing.assert_array_equal(store.lookup(images[wanted], texts[wanted]), expected)
+    np.testing.assert_array_equal(
+        store.lookup(images.reshape(20, 50), texts.reshape(20, 50)).reshape(-1)[::2], range(500)
+    )
+
+
+def test_a_unit_that_comes_late_but_is_older_does_not_count(tmp_path):
+    store = make(tmp_path)
+    store.write_unit([1, 2], [1, 1], [1.0, 2.0])
+    late = store.write_unit([1, 3], [1, 1], [8.0, 3.0])
+    content = late.read_bytes()
+    late.unlink()
+    store.compact()
+    late.write_bytes(content)
+    os.utime(late, (1000, 1000))
+    for opened in (make(tmp_path), store):
+        opened.refresh()
+        np.testing.assert_array_equal(opened.lookup([1, 2, 3], 1), np.float32([1, 2, 3]))
+
+
+def test_who_waits_to_compact_takes_what_another_has_merged_meanwhile(tmp_path):
+    one, two = make(tmp_path), make(tmp_path)
+    one.write_unit([1], [1], [1.0])
+    with exclusively(one.folder / "table"):
+        waiting = threading.Thread(target=one.compact)
+        waiting.start()
+        time.sleep(0.05)
+        two.write_unit([2], [2], [2.0])
+    waiting.join()
+    two.compact()
+    (table,) = two.folder.glob("table-*")
+    assert one._base.path == two._base.path == table
+    np.testing.assert_array_equal(one.lookup([1, 2], [1, 2]), np.float32([1, 2]))
+
+
+def test_pairs_come_in_order_with_the_score_that_counts(tmp_path):
+    store = make(tmp_path)
+    assert list(store.pairs()) == []
+    store.write_unit([3, 1, 1], [4, 49, 2], [0.5, 0.25, -1.5])
+    time.sleep(0.02)
+    store.write_unit([1], [49], [7.0])
+    pieces = list(store.pairs())
+    images, texts, scores = (np.concatenate(arrays).tolist() for arrays in zip(*pieces, strict=True))
+    assert (images, texts, scores) == ([1, 1, 3], [2, 49, 4], [-1.5, 7.0, 0.5])
+
+
+def forged(path, change):
+    """The unit with another content and the checksum, digest and name that fit it."""
+    origin = make(path.parent.parent.parent).origin
+    read = read_unit(path, origin)
+    path.unlink()
+    return write_unit(path.parent, origin, *change(read.keys, read.scores))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda keys, scores: (keys, np.where(keys == keys[1], np.nan, scores)), "1 scores that are not finite"),
+        (lambda keys, scores: (keys[[0, 0, 2]], scores), "holds a pair twice"),
+        (lambda keys, scores: (keys + N_IMAGES * N_TEXTS, scores), "ids outside its corpus"),
+    ],
+)
+def test_a_unit_that_fits_its_digest_but_makes_no_sense_is_refused(tmp_path, change, reason):
+    path = make(tmp_path).write_unit([1, 1, 2], [4, 5, 6], [0.5, 0.25, -1.5])
+    forged(path, change)
+    with pytest.raises(BadUnitError, match=reason):
+        make(tmp_path)
+
+
+def test_a_unit_whose_checksum_is_not_that_of_its_content_is_refused(tmp_path, monkeypatch):
+    def wrong(*parts):
+        return fingerprint(*parts) if isinstance(parts[0], str) else "0" * 32
+
+    with monkeypatch.context() as patch:
+        patch.setattr("distill.unit.fingerprint", wrong)
+        make(tmp_path).write_unit([1, 1, 2], [4, 5, 6], [0.5, 0.25, -1.5])
+    with pytest.raises(BadUnitError, match="do not match its checksum"):
+        make(tmp_path)
 
 
 def test_deleted_unit_is_not_served_from_a_table(tmp_path):
