@@ -33,7 +33,7 @@ quickstart: $(VENV)/.run-$(FAISS)
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy distill teachers students
+	$(BIN)/mypy distill teachers students benchmarks
 	$(BIN)/lint-imports
 
 test: check

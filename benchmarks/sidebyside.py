@@ -22,20 +22,21 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="file for the figu
 def best_seconds(
     ways: Mapping[str, Callable[[], object]], *, rounds: int, device: torch.device | None = None
 ) -> dict[str, float]:
-    """Least seconds of each way over so many rounds, in which the ways take turns, after one round that warms up.
+    """Least seconds of each way over so many rounds, in which the ways take turns, each twice in a row.
 
-    The least, because whatever else runs on the machine only ever adds.
+    Twice, so that no way pays for the caches that the one before it left; the least, because whatever else runs on the
+    machine only ever adds.
     """
     found = dict.fromkeys(ways, float("inf"))
-    for number in range(rounds + 1):
+    for _ in range(rounds):
         for name, way in ways.items():
-            began = time.perf_counter()
-            way()
-            if device is not None and device.type == "cuda":
-                import torch
+            for _ in range(2):
+                began = time.perf_counter()
+                way()
+                if device is not None and device.type == "cuda":
+                    import torch
 
-                torch.cuda.synchronize(device)
-            if number:
+                    torch.cuda.synchronize(device)
                 found[name] = min(found[name], time.perf_counter() - began)
     return found
 

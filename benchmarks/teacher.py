@@ -162,8 +162,8 @@ class Ways:
         """Our image memory but for the tower."""
         from teachers.crossattention import keys_and_values
 
-        blocks = (layer.crossattention.self for layer in self.teacher.model.text_encoder.encoder.layer)
-        return keys_and_values(((block.key, block.value) for block in blocks), features)
+        blocks = [layer.crossattention.self for layer in self.teacher.model.text_encoder.encoder.layer]
+        return keys_and_values([(block.key, block.value) for block in blocks], features)
 
     def scored(self, memory: Any) -> torch.Tensor:
         """Ours with the image memory at hand; the captions' own part included."""

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from distill import doctor_commands, store_commands
+
 if TYPE_CHECKING:
     from distill.experiment import Experiment
 
@@ -74,7 +76,7 @@ def score(recipe: RecipeName, overrides: Overrides = []) -> None:  # noqa: B006
 
     x = _begin(recipe, overrides, resume=True)
     known = first_scores(x)
-    typer.echo(f"{len(known.keys)} pairs scored by {x.teacher.score_kind}; store: {x.store.folder}")
+    typer.echo(f"{len(known.keys)} pairs scored by {x.scorer.score_kind}; store: {x.scorer.where}")
 
 
 @app.command()
@@ -142,16 +144,6 @@ def schema() -> None:
     typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
 
 
-@app.command()
-def doctor() -> None:
-    """Versions, devices and what is missing."""
-    from distill.doctor import diagnose
-
-    report = diagnose()
-    typer.echo(report.text)
-    raise typer.Exit(0 if report.healthy else 1)
-
-
 def main() -> None:
     """Entry point. What the user can mend is one message and exit code 2; DISTILL_TRACEBACK=1 shows more."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -202,6 +194,10 @@ def _quieten_libraries() -> None:
 
     notices.set_verbosity_error()
     notices.disable_progress_bar()
+
+
+app.add_typer(doctor_commands.doctor_app(_open), name="doctor", help="What is installed; a closer look at a teacher.")
+app.add_typer(store_commands.app, name="store")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
     from distill.batches import Source
     from distill.data.corpus import Corpus
+    from distill.ensemble import EnsembleParts
     from distill.features import Features
     from distill.losses.combine import Weighted
+    from distill.scorer import Scorer, TeacherScorer
     from distill.store import ScoreStore
     from distill.teach import TeachSettings
     from distill.train import TrainSettings
@@ -42,6 +44,7 @@ class Builders:
     student: Callable[[Corpus], Any]
     saved_student: Callable[[Path], Any]
     losses: Callable[[Sequence[Any]], Weighted]
+    ensemble: Callable[[], EnsembleParts] | None = None  # where the recipe's teacher is several
 
 
 @dataclass(frozen=True)
@@ -85,21 +88,72 @@ class Experiment:
         return made
 
     def untaught_teacher(self) -> Any:
-        """The teacher as the recipe gives it, before any teaching."""
+        """The teacher as the recipe gives it, before any teaching; an ensemble itself, whose members are taught."""
+        if self.builders.ensemble is not None:
+            return self.scorer
         return self.builders.teacher(self.corpus, None).to(self.accelerator.device)
 
     @cached_property
     def teacher(self) -> Any:
-        """The teacher that scores: taught first where the recipe says so, frozen, on the device."""
+        """The one teacher that scores: taught first where the recipe says so, frozen, on the device.
+
+        Raises:
+            ExperimentError: the recipe's teacher is an ensemble; ``scorer`` is there in either case.
+        """
+        if self.builders.ensemble is not None:
+            raise ExperimentError(
+                "the teacher is an ensemble: its members are never in memory together, so there is no one model to "
+                "look into; ask for scores, or give one member as the teacher"
+            )
+        folder = self._taught(self) if self.recipe.teach is not None else None
+        return self._frozen(self.builders.teacher(self.corpus, folder))
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        """What gives scores: the teacher beside its store, or an ensemble, which loads its members one at a time."""
+        if self.builders.ensemble is None:
+            return self._scorer_of(self.teacher)
+        from distill.ensemble import Ensemble, Member
+
+        parts = self.builders.ensemble()
+        members = [Member(name, partial(self._loaded, load)) for name, load in parts.members.items()]
+        return Ensemble(members, parts.settings, self.corpus)
+
+    def _loaded(self, load: Callable[[Corpus], Any]) -> TeacherScorer:
+        return self._scorer_of(self._frozen(load(self.corpus)))
+
+    def _frozen(self, teacher: Any) -> Any:
+        """The teacher on the device, its weights and identity fixed."""
         import torch
 
-        folder = self._taught(self) if self.recipe.teach is not None else None
-        teacher = self.builders.teacher(self.corpus, folder)
         if isinstance(teacher, torch.nn.Module):
             teacher = teacher.to(self.accelerator.device).eval().requires_grad_(False)
         if hasattr(teacher, "fix_identity"):  # hashing every weight at each look-up would cost more than the look-up
             teacher.fix_identity()
         return teacher
+
+    def _scorer_of(self, teacher: Any) -> TeacherScorer:
+        """A teacher beside the store of its scores, shared by all runs with this teacher and corpus."""
+        from distill.score import ScoreOptions
+        from distill.scorer import TeacherScorer
+        from distill.store import ScoreStore
+
+        store = ScoreStore(
+            self.cache / "scores",
+            teacher_identity=teacher.identity,
+            corpus_fingerprint=self.corpus.fingerprint,
+            score_kind=teacher.score_kind,
+            n_images=self.corpus.n_images,
+            n_texts=self.corpus.n_texts,
+        )
+        return TeacherScorer(
+            teacher,
+            store,
+            partial(self.source, teacher),
+            ScoreOptions(**self.recipe.score.model_dump()),
+            self.recipe.evaluate.batch_size,
+            self.accelerator.device,
+        )
 
     def fresh_student(self) -> Any:
         """The student before any training: the same weights at every call."""
@@ -148,34 +202,22 @@ class Experiment:
             device=self.accelerator.device,
         )
 
-    @cached_property
+    @property
     def store(self) -> ScoreStore:
-        """Where the teacher's scores are kept, shared by all runs with this teacher and corpus."""
-        from distill.store import ScoreStore
+        """Where the one teacher's scores are kept.
 
-        return ScoreStore(
-            self.cache / "scores",
-            teacher_identity=self.teacher.identity,
-            corpus_fingerprint=self.corpus.fingerprint,
-            score_kind=self.teacher.score_kind,
-            n_images=self.corpus.n_images,
-            n_texts=self.corpus.n_texts,
-        )
+        Raises:
+            ExperimentError: the recipe's teacher is an ensemble, whose members have a store each.
+        """
+        from distill.scorer import TeacherScorer
+
+        if isinstance(self.scorer, TeacherScorer):
+            return self.scorer.store
+        raise ExperimentError(f"an ensemble has no store of its own; its members' stores: {self.scorer.where}")
 
     def ask(self, image_ids: Ids, text_ids: Ids) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """The teacher's scores (P,) of pairs; only what the store lacks is computed."""
-        from distill.score import ScoreOptions, score_pairs
-
-        score_pairs(
-            self.teacher,
-            self.store,
-            image_ids,
-            text_ids,
-            image_source=self.source(self.teacher, "image"),
-            text_source=self.source(self.teacher, "text"),
-            options=ScoreOptions(**self.recipe.score.model_dump()),
-        )
-        return self.store.require(image_ids, text_ids)
+        """The scores (P,) of pairs, by the teacher or the ensemble; only what no store holds is computed."""
+        return self.scorer.ask(image_ids, text_ids)
 
     def train_settings(self) -> TrainSettings:
         """Schedule and sizes of every student's training."""

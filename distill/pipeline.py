@@ -7,7 +7,6 @@ killed goes on where it stopped.
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from distill.asking import note_what_is_asked, pair_maps, scores_of, warn_of_odd_scores
 from distill.batches import Batches, PairScores
 from distill.durable import staged_folder, write_atomically
-from distill.maps import PairMaps, write_maps
 from distill.protocols import DIRECTIONS, SIDES, Candidates, Direction, fingerprint
 from distill.sampler import BatchSampler, CandidateSampler
 
@@ -26,9 +25,9 @@ if TYPE_CHECKING:
 
     from distill.experiment import Experiment
     from distill.losses.combine import Weighted
+    from distill.recipe.schema import TeachRecipe
     from distill.train import Phase
 
-log = logging.getLogger(__name__)
 SHARED = "shared"
 DONE = "done.json"
 
@@ -44,8 +43,8 @@ def taught_teacher(x: Experiment) -> Path:
     folder = x.folder / "teacher"
     meaning = fingerprint(
         x.corpus.fingerprint,
-        x.recipe.teacher.model_dump(mode="json", exclude={"score_kind", "enc_token", "cosine_weight"}),
-        x.recipe.teach.model_dump(mode="json"),
+        x.recipe.teacher.model_dump(mode="json", exclude={"score_kind", "enc_token", "cosine_weight", "compile"}),
+        _meaning_of_teaching(x.recipe.teach),
         x.recipe.seed,
     )
     if (folder / DONE).is_file():
@@ -69,6 +68,12 @@ def taught_teacher(x: Experiment) -> Path:
         teacher.save_pretrained(staged)
         (staged / DONE).write_text(json.dumps({"meaning": meaning}))
     return folder
+
+
+def _meaning_of_teaching(teach: TeachRecipe) -> dict[str, Any]:
+    """What decides a teaching; a setting that came later counts only where it is used."""
+    settings = teach.model_dump(mode="json")
+    return {name: value for name, value in settings.items() if name != "hinge_margin" or value is not None}
 
 
 # --- shared steps and rounds --------------------------------------------------------------------------------------
@@ -102,7 +107,7 @@ def shared_checkpoint(x: Experiment) -> Path | None:
     folder = x.folder / SHARED
     student = x.fresh_student()
     losses = x.builders.losses(x.recipe.shared_losses)
-    phase = _phase(x, student, losses, stretch, recipe_of_losses=x.recipe.shared_losses)
+    phase = _phase(x, student, losses, stretch, folder=folder, recipe_of_losses=x.recipe.shared_losses)
     return _unless_done(folder, stretch) or train(
         student, phase, x.train_settings(), folder=folder, accelerator=x.accelerator
     )
@@ -127,7 +132,14 @@ def trained_arm(x: Experiment, name: str) -> Path:
                 load_weights(checkpoint, student)
             mined = candidates(x, stretch, student=student, folder=folder) if arm.uses_candidates else {}
             phase = _phase(
-                x, student, losses, stretch, recipe_of_losses=arm.losses, mined=mined, scores=arm.reads_scores
+                x,
+                student,
+                losses,
+                stretch,
+                folder=folder,
+                recipe_of_losses=arm.losses,
+                mined=mined,
+                scores=arm.reads_scores,
             )
             reached = train(
                 student, phase, x.train_settings(), folder=folder, accelerator=x.accelerator, start_from=checkpoint
@@ -155,6 +167,7 @@ def _phase(
     losses: Weighted,
     stretch: Stretch,
     *,
+    folder: Path,
     recipe_of_losses: Sequence[Any],
     mined: Mapping[Direction, Candidates] | None = None,
     scores: bool = False,
@@ -163,9 +176,11 @@ def _phase(
 
     mined = mined or {}
     pairs = x.corpus.split_pairs("train")
-    known = scores_of(x, pairs, mined) if scores else None
-    if known is not None:
-        _warn_of_odd_scores(x, known, mined, losses)
+    known = None
+    if scores:
+        note_what_is_asked(x, pairs, mined, stretch, folder / "metrics.jsonl")
+        known = scores_of(x, pairs, mined)
+        warn_of_odd_scores(x, known, mined, losses)
     per_query, seed = x.recipe.train.candidates_per_query, x.recipe.seed
     wants_maps = "student_attention" in losses.needs
     batches = Batches(
@@ -264,45 +279,3 @@ def first_candidates(x: Experiment) -> dict[Direction, Candidates]:
 def first_scores(x: Experiment) -> PairScores:
     """The teacher's scores of the first round."""
     return scores_of(x, x.corpus.split_pairs("train"), first_candidates(x))
-
-
-def scores_of(x: Experiment, pairs: Any, mined: Mapping[Direction, Candidates]) -> PairScores:
-    """The teacher's scores of the labelled pairs and of every candidate; asks only for what the store lacks."""
-    images, texts = [pairs[:, 0]], [pairs[:, 1]]
-    for found in mined.values():
-        image_ids, text_ids = found.pairs()
-        images.append(image_ids)
-        texts.append(text_ids)
-    image_ids, text_ids = np.concatenate(images), np.concatenate(texts)
-    return PairScores.of(image_ids, text_ids, x.ask(image_ids, text_ids), x.corpus.n_texts)
-
-
-def _warn_of_odd_scores(
-    x: Experiment, known: PairScores, mined: Mapping[Direction, Candidates], losses: Weighted
-) -> None:
-    """Log what is odd about the scores that are about to be trained on; refuse those that are not finite."""
-    from distill.losses import check_teacher_scores
-
-    for direction, found in mined.items():
-        offsets, items = x.corpus.matches.of(direction, found.query_ids)
-        lists = np.concatenate([items[offsets[:-1], None], found.item_ids], axis=1)  # (B, 1 + K), a match first
-        queries = found.query_ids[:, None]
-        scores = known.lookup(queries, lists) if direction == "i2t" else known.lookup(lists, queries)
-        positive = np.zeros(scores.shape, np.bool_)
-        positive[:, 0] = True
-        parts = {part.name: part.loss for part in losses.parts}
-        for warning in check_teacher_scores(scores, ~np.isnan(scores), positive, losses=parts):
-            log.warning("teacher scores, %s: %s", direction, warning)
-
-
-def pair_maps(x: Experiment, pairs: Any) -> PairMaps:
-    """The teacher's text→image attention on the labelled pairs, computed once and kept."""
-    return write_maps(
-        x.cache / "maps",
-        x.teacher,
-        pairs,
-        images=x.source(x.teacher, "image"),
-        texts=x.source(x.teacher, "text"),
-        corpus=x.corpus,
-        device=x.accelerator.device,
-    )

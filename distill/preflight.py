@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from distill.durable import write_atomically
-from distill.protocols import DIRECTIONS, MapsTeacher, TeachableTeacher
+from distill.protocols import DIRECTIONS, ContrastiveTeachable, MapsTeacher, TeachableTeacher
 from distill.recipe.load import dump
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 # Keys whose value changes no result: a run may be gone on with under others.
 _FREE = {
     "runs", "cache", "device", "prepared_gib", "score", "train.workers", "train.log_every", "train.checkpoint_every",
-    "train.keep_checkpoints", "train.trackers", "evaluate.batch_size",
+    "train.keep_checkpoints", "train.trackers", "evaluate.batch_size", "teacher.compile",
 }  # fmt: skip
 
 
@@ -34,12 +34,13 @@ def check(x: Experiment) -> None:
         PreflightError: with the value, the limit and what to change.
     """
     _check_sizes(x)
-    _check_acceptance(x)
+    _check_losses(x)
     if any(arm.distils for arm in x.recipe.arms.values()) or x.recipe.teach is not None:
         teacher = x.untaught_teacher()
-        if x.recipe.teach is not None and not isinstance(teacher, TeachableTeacher):
+        if x.recipe.teach is not None and not isinstance(teacher, TeachableTeacher | ContrastiveTeachable):
             raise PreflightError(
-                f"teach: {type(teacher).__name__} cannot be taught: it has no contrastive and matching heads to train; "
+                f"teach: {type(teacher).__name__} cannot be taught: it has no contrastive head beside a matching head "
+                "(pair_logits) or similarities of pairs (pair_matrix) to train; "
                 "leave out the teach: section and give teacher.checkpoint"
             )
         if x.recipe.needs_maps:
@@ -74,10 +75,23 @@ def _check_sizes(x: Experiment) -> None:
                 raise PreflightError(f"mine.k ({direction}): {error}") from None
 
 
-def _check_acceptance(x: Experiment) -> None:
+def _check_losses(x: Experiment) -> None:
+    from distill.train import EXTRAS
+
     kind = getattr(x.recipe.teacher, "score_kind", None)
     for name, arm in x.recipe.arms.items():
+        for built in x.builders.losses(arm.losses).parts:
+            if not built.needs <= EXTRAS:
+                raise PreflightError(
+                    f"arms.{name}: {built.name} needs {', '.join(sorted(built.needs - EXTRAS))}, which the training "
+                    f"does not make; it makes {', '.join(sorted(EXTRAS))}: take another loss"
+                )
         for part in arm.losses:
+            if getattr(part, "gain", None) == "sigmoid" and kind not in (None, "log_odds"):
+                raise PreflightError(
+                    f"arms.{name}: {part.name} with gain: sigmoid reads log-odds, but teacher.score_kind is {kind}: "
+                    "take another gain, or teacher.score_kind: log_odds"
+                )
             if getattr(part, "accept", None) == "log_odds" and kind not in (None, "log_odds"):
                 raise PreflightError(
                     f"arms.{name}: cprd accepts candidates by their log-odds, but teacher.score_kind is {kind}: "

@@ -82,6 +82,28 @@ class TeachableTeacher(Teacher, Protocol):
 
 
 @runtime_checkable
+class ContrastiveTeachable(Teacher, Protocol):
+    """A teacher without a matching head that ``distill teach`` can train by contrast: an nn.Module.
+
+    ``encode_images`` and ``encode_texts`` give ``embedding`` (N, D) unit vectors, as those of a ``TeachableTeacher``;
+    ``pretrained_parameters()`` as there.
+    """
+
+    @property
+    def scale(self) -> Tensor:
+        """() learned scale of the contrastive head: multiplies the cosine."""
+
+    @property
+    def pair_scale(self) -> Tensor:
+        """() learned scale of ``pair_matrix``: multiplies it."""
+
+    def pair_matrix(self, images: Memory, texts: Memory) -> Tensor:
+        """Similarities (N, M) of every image with every text, about -1 to 1, with gradient."""
+
+    def save_pretrained(self, folder: str | Path) -> None: ...
+
+
+@runtime_checkable
 class MapsTeacher(Teacher, Protocol):
     """A teacher whose cross-attention can be read."""
 

@@ -38,7 +38,7 @@ def finish(x: Experiment) -> dict[str, dict[str, float]]:
     from distill.report.table import results_table
 
     if any(arm.distils for arm in x.recipe.arms.values()):
-        x.teacher  # noqa: B018  (taught first: what can go wrong there is known before the students' time is spent)
+        x.scorer  # noqa: B018  (taught first: what can go wrong there is known before the students' time is spent)
     students = {name: trained_arm(x, name) for name in x.recipe.arms}
     split = x.corpus.split(x.recipe.evaluate.split)
     evaluations = {TEACHER: evaluate_teacher(x, split, fallback=next(iter(students.values())))}
@@ -63,18 +63,15 @@ def finish(x: Experiment) -> dict[str, dict[str, float]]:
 
 
 def evaluate_teacher(x: Experiment, split: Split, *, fallback: Path | None = None) -> Evaluation:
-    """The teacher re-ranks the shortlist of its contrastive head; of the student in ``fallback`` where it has none."""
-    from distill.embed import NoContrastiveHeadError, embed_with_teacher
+    """The teacher re-ranks the shortlist of its contrastive head; of the student in ``fallback`` where it has none.
+
+    An ensemble's shortlist is that of the mean of its members' cosines.
+    """
+    from distill.embed import NoContrastiveHeadError
 
     rows: dict[Side, Ids] = {"image": split.images, "text": split.texts}
-    device, size = x.accelerator.device, x.recipe.evaluate.batch_size
     try:
-        first = {
-            side: embed_with_teacher(
-                x.teacher, x.source(x.teacher, side), rows[side], side, batch_size=size, device=device
-            )
-            for side in SIDES
-        }
+        first = x.scorer.vectors(rows)
     except NoContrastiveHeadError:
         if fallback is None:
             raise
@@ -83,7 +80,7 @@ def evaluate_teacher(x: Experiment, split: Split, *, fallback: Path | None = Non
     lists = _shortlists(x, first, split)
     images, texts = (np.concatenate(ids) for ids in zip(*(found.pairs() for found in lists.values()), strict=True))
     x.ask(images, texts)
-    return evaluate_reranked(_evaluate(x, first, split), i2t=lists["i2t"], t2i=lists["t2i"], lookup=x.store.lookup)
+    return evaluate_reranked(_evaluate(x, first, split), i2t=lists["i2t"], t2i=lists["t2i"], lookup=x.scorer.lookup)
 
 
 def report_teacher(x: Experiment, *, split: str) -> None:

@@ -1,8 +1,13 @@
-"""Teaching the teacher: contrastive (ITC) and matching (ITM) losses, hard negatives sampled inside the batch.
+"""Teaching the teacher: a contrastive (ITC) loss on its vectors, and a pair loss on what it reads of pairs.
 
-Li et al., "Align before Fuse", NeurIPS 2021, section 3.2: for each image one negative text, for each text one negative
-image, drawn in proportion to the softmax of the contrastive similarity, matches masked. Training from scratch starts
-with random negatives: with hard ones from the first step the matching head takes far longer to leave chance.
+With a matching head (``TeachableTeacher``): Li et al., "Align before Fuse", NeurIPS 2021, section 3.2: for each image
+one negative text, for each text one negative image, drawn in proportion to the softmax of the contrastive similarity,
+matches masked. Training from scratch starts with random negatives: with hard ones from the first step the matching head
+takes far longer to leave chance.
+
+Without one (``ContrastiveTeachable``): InfoNCE over the similarities of all images and texts of the batch, every match
+a positive; or, with ``hinge_margin``, the hinge of Faghri et al., "VSE++", BMVC 2018: at first the mean over negatives,
+then the hardest.
 """
 
 from __future__ import annotations
@@ -25,10 +30,12 @@ from distill.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoi
 from distill.inference import reproducible
 from distill.losses.contrastive import Contrastive
 from distill.progress import Progress
-from distill.protocols import Scored
+from distill.protocols import Scored, TeachableTeacher
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from distill.protocols import Memory
 
 log = logging.getLogger(__name__)
 
@@ -50,10 +57,11 @@ class TeachSettings:
     warmup: float
     grad_clip: float
     random_negatives: float  # share of the steps with random instead of hard negatives
-    itm_weight: float
+    itm_weight: float  # of the pair loss, the contrastive one has 1
     seed: int
     log_every: int = 50
     checkpoint_every: int = 250
+    hinge_margin: float | None = None  # of a teacher without matching head; None = InfoNCE
 
     def factor_at(self, step: int) -> float:
         """Share of the learning rate at a step: linear rise, then a cosine to 0."""
@@ -72,10 +80,10 @@ def teach(
     accelerator: Accelerator,
     meaning: str,
 ) -> None:
-    """Train a ``TeachableTeacher`` in place; goes on from the newest checkpoint in ``folder/checkpoints``.
+    """Train a teacher in place; goes on from the newest checkpoint in ``folder/checkpoints``.
 
     Args:
-        teacher: with contrastive and matching heads.
+        teacher: a ``TeachableTeacher`` or a ``ContrastiveTeachable``; what offers ``pair_logits`` is taught by these.
         batches: labelled pairs of the training split, with inputs made by the teacher.
         settings: schedule and sizes.
         folder: for checkpoints and ``metrics.jsonl``.
@@ -83,12 +91,13 @@ def teach(
         meaning: fingerprint of all that decides the result.
 
     Raises:
-        TeachingError: the loss is not finite, or the matching head ends where it began (it answers by chance).
+        TeachingError: the loss is not finite, or the teacher ends where it began (it answers by chance).
     """
     optimizer = _make_optimizer(teacher, settings)
     base_lrs = [group["lr"] for group in optimizer.param_groups]
     teacher, prepared = accelerator.prepare(teacher, optimizer)
     model: Any = accelerator.unwrap_model(teacher)
+    pair_loss = _matching if isinstance(model, TeachableTeacher) else _similarity
     start = 0
     set_seed(settings.seed)
     found = latest_checkpoint(folder / "checkpoints")
@@ -103,11 +112,13 @@ def teach(
                 group["lr"] = lr * settings.factor_at(step)
             model.train()
             with accelerator.autocast():
-                itc, itm, right = _step(model, batch, settings, accelerator.device)
-            loss = itc + settings.itm_weight * itm
+                encoded = _encode(model, batch, accelerator.device)
+                itc = _contrastive(encoded.cosine, encoded.positive, model.scale)
+                pair, right = pair_loss(model, encoded, batch.step, settings)
+            loss = itc + settings.itm_weight * pair
             if not torch.isfinite(loss):
                 raise TeachingError(
-                    f"step {step}: contrastive loss {itc.item()}, matching loss {itm.item()}; lower teach.lr"
+                    f"step {step}: contrastive loss {itc.item()}, pair loss {pair.item()}; lower teach.lr"
                 )
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), settings.grad_clip)
@@ -117,7 +128,7 @@ def teach(
             bar.advance(1)
             if (step + 1) % settings.log_every == 0:
                 rate = (step + 1 - since) / (time.perf_counter() - began)
-                _log_line(folder, step + 1, itc=itc.item(), itm=itm.item(), accuracy=accuracy, steps_per_second=rate)
+                _log_line(folder, step + 1, itc=itc.item(), pair=pair.item(), accuracy=accuracy, steps_per_second=rate)
             if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
                 save_checkpoint(
                     folder / "checkpoints", step=step + 1, model=model, optimizer=optimizer, meaning=meaning
@@ -125,8 +136,8 @@ def teach(
     model.eval()
     if settings.steps - start >= 200 and accuracy < 0.55:
         raise TeachingError(
-            f"the matching head answers by chance after {settings.steps} steps (accuracy {accuracy:.2f}; "
-            "chance 0.50): raise teach.steps or teach.random_negatives, or change teach.lr"
+            f"the teacher answers by chance after {settings.steps} steps (share of negatives below their positive: "
+            f"{accuracy:.2f}; chance 0.50): raise teach.steps or teach.random_negatives, or change teach.lr"
         )
 
 
@@ -141,35 +152,91 @@ def _make_optimizer(teacher: nn.Module, settings: TeachSettings) -> torch.optim.
     return torch.optim.AdamW([group for group in groups if group["params"]])
 
 
-def _step(model: Any, batch: StepBatch, settings: TeachSettings, device: torch.device) -> tuple[Tensor, Tensor, float]:
-    """Contrastive loss, matching loss, and the share of negatives that score below their positive."""
+@dataclass(frozen=True)
+class _Encoded:
+    """One step's items. N images, M texts, P labelled pairs."""
+
+    images: Memory
+    texts: Memory
+    cosine: Tensor  # (N, M) float32, with gradient
+    positive: Tensor  # (N, M) bool
+    rows: tuple[Tensor, Tensor]  # image rows (P,), text rows (P,)
+
+
+def _encode(model: Any, batch: StepBatch, device: torch.device) -> _Encoded:
     images = model.encode_images({name: tensor.to(device) for name, tensor in batch.images.items()})
     texts = model.encode_texts({name: tensor.to(device) for name, tensor in batch.texts.items()})
-    cosine = images["embedding"].float() @ texts["embedding"].float().T  # (N, M)
+    cosine = images["embedding"].float() @ texts["embedding"].float().T
     positive = batch.grids["i2t"].positive.to(device)  # every image and text of a teaching step is a query
-    itc = (_contrastive(cosine, positive, model.scale) + _contrastive(cosine.T, positive.T, model.scale)) / 2
-    hard = batch.step >= settings.random_negatives * settings.steps
-    logits = (model.scale * cosine).detach() if hard else torch.zeros_like(cosine)
-    image_rows, text_rows = (rows[: settings.itm_queries].to(device) for rows in batch.pairs)
-    generator = torch.Generator(device=device).manual_seed(settings.seed * 1_000_003 + batch.step)
+    image_rows, text_rows = (rows.to(device) for rows in batch.pairs)
+    return _Encoded(images, texts, cosine, positive, (image_rows, text_rows))
+
+
+def _hard(step: int, settings: TeachSettings) -> bool:
+    """Whether negatives are the hard ones by now."""
+    return step >= settings.random_negatives * settings.steps
+
+
+def _matching(model: Any, encoded: _Encoded, step: int, settings: TeachSettings) -> tuple[Tensor, float]:
+    """Loss of the matching head, and the share of negatives that score below their positive."""
+    cosine, positive = encoded.cosine, encoded.positive
+    logits = (model.scale * cosine).detach() if _hard(step, settings) else torch.zeros_like(cosine)
+    image_rows, text_rows = (rows[: settings.itm_queries] for rows in encoded.rows)
+    generator = torch.Generator(device=cosine.device).manual_seed(settings.seed * 1_000_003 + step)
     other_texts = _draw(logits[image_rows], positive[image_rows], generator)
     other_images = _draw(logits.T[text_rows], positive.T[text_rows], generator)
-    score = model.pair_logits(
-        images, texts, torch.cat([image_rows, image_rows, other_images]), torch.cat([text_rows, other_texts, text_rows])
-    )
+    rows = torch.cat([image_rows, image_rows, other_images]), torch.cat([text_rows, other_texts, text_rows])
+    score = model.pair_logits(encoded.images, encoded.texts, *rows)
     count = len(image_rows)
     labels = torch.zeros_like(score)
     labels[:count] = 1
-    itm = F.binary_cross_entropy_with_logits(score, labels)
     right = (score[:count].repeat(2) > score[count:]).float().mean().item()
-    return itc, itm, right
+    return F.binary_cross_entropy_with_logits(score, labels), right
 
 
-def _contrastive(cosine: Tensor, positive: Tensor, scale: Tensor) -> Tensor:
+def _similarity(model: Any, encoded: _Encoded, step: int, settings: TeachSettings) -> tuple[Tensor, float]:
+    """Loss of the similarities of all pairs, and the share of an image's negatives that are below its positive."""
+    similarity = model.pair_matrix(encoded.images, encoded.texts).float()  # (N, M)
+    image_rows, text_rows = encoded.rows
+    above = similarity[image_rows, text_rows].unsqueeze(1) > similarity[image_rows]  # (P, M)
+    right = above[~encoded.positive[image_rows]].float().mean().item()
+    if settings.hinge_margin is None:
+        return _contrastive(similarity, encoded.positive, model.pair_scale), right
+    hardest = _hard(step, settings)
+    return hinge(similarity, encoded.positive, margin=settings.hinge_margin, hardest=hardest), right
+
+
+def hinge(similarity: Tensor, positive: Tensor, *, margin: float, hardest: bool) -> Tensor:
+    """-> (): mean over matches of [margin - s + negative]+, for the hardest negative or on average over all of them.
+
+    Summed over both directions. Every match of the batch is a positive and none of them a negative. Training begins
+    with the average: with the hardest from the first step all similarities can collapse into one value.
+
+    Args:
+        similarity: (N, M) of images and texts.
+        positive: (N, M) bool.
+        margin: In units of similarity; 0.2 in the paper.
+        hardest: Which of the two.
+    """
+    total = torch.zeros_like(similarity[0, 0])
+    for values, match in ((similarity, positive), (similarity.T, positive.T)):
+        rows, columns = match.nonzero(as_tuple=True)  # (P,)
+        negative = ~match[rows]  # (P, M)
+        cost = (margin - values[rows, columns].unsqueeze(1) + values[rows]).clamp(min=0) * negative
+        total = total + (cost.amax(dim=1) if hardest else cost.sum(dim=1) / negative.sum(dim=1).clamp(min=1)).mean()
+    return total
+
+
+def _contrastive(similarity: Tensor, positive: Tensor, scale: Tensor) -> Tensor:
+    """InfoNCE, the mean of both directions, over similarities (N, M)."""
+    return (_one_way(similarity, positive, scale) + _one_way(similarity.T, positive.T, scale)) / 2
+
+
+def _one_way(similarity: Tensor, positive: Tensor, scale: Tensor) -> Tensor:
     return Contrastive()(
         Scored(
-            student=cosine,
-            teacher=torch.full_like(cosine, float("nan")),
+            student=similarity,
+            teacher=torch.full_like(similarity, float("nan")),
             positive=positive,
             valid=torch.ones_like(positive),
             scale=scale,
@@ -189,4 +256,4 @@ def _log_line(folder: Path, step: int, **values: float) -> None:
     line = {"step": step, **values}
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
-    log.info("teach step %d: contrastive %.3f, matching %.3f, accuracy %.3f", step, *list(values.values())[:3])
+    log.info("teach step %d: contrastive %.3f, pair %.3f, accuracy %.3f", step, *list(values.values())[:3])

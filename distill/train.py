@@ -27,6 +27,9 @@ from distill.protocols import Direction, Embeddings, Inputs, Scored
 log = logging.getLogger(__name__)
 
 
+EXTRAS = frozenset({"student_attention", "teacher_attention", "attention_tokens"})  # what a loss may need beside scores
+
+
 class TrainingError(RuntimeError):
     """Training that cannot go on, with the ids that caused it."""
 
@@ -54,6 +57,10 @@ class TrainSettings:
         if step < rise:
             return self.lr * (step + 1) / rise
         return self.lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, self.steps - rise)))
+
+    def progress_at(self, step: int) -> float:
+        """How far the whole training is at a step, 0 to 1: what schedules of loss weights read."""
+        return step / max(1, self.steps - 1)
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,9 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr_at(batch.step)
             model.train()
-            total, parts, scale = _step_loss(model, batch, phase.losses, accelerator)
+            total, parts, scale = _step_loss(
+                model, batch, phase.losses, accelerator, progress=settings.progress_at(batch.step)
+            )
             accelerator.backward(total)
             norm = accelerator.clip_grad_norm_(model.parameters(), settings.grad_clip)
             _check_gradient(norm, batch, accelerator)
@@ -180,7 +189,7 @@ def _load(batches: Batches, start: int, stop: int, workers: int) -> Iterator[tup
 
 
 def _step_loss(
-    model: nn.Module, batch: StepBatch, losses: Weighted, accelerator: Accelerator
+    model: nn.Module, batch: StepBatch, losses: Weighted, accelerator: Accelerator, *, progress: float
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Weighted loss of a step, the mean of both directions, and its unweighted parts."""
     device = accelerator.device
@@ -205,7 +214,7 @@ def _step_loss(
             raise TrainingError(f"step {batch.step}, {direction}: {error}; query ids {_some(queries)}") from error
         for name, value in here.items():
             parts[name] = parts[name] + value / 2 if name in parts else value / 2
-    return losses.total(parts), parts, out.scale.detach()
+    return losses.total(parts, progress), parts, out.scale.detach()
 
 
 def _scored(similarity: Tensor, batch: StepBatch, direction: Direction, scale: Tensor) -> Scored:

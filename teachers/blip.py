@@ -223,7 +223,7 @@ class BlipTeacher(nn.Module):
         if "keys" in inputs:
             return inputs
         hidden = self._hidden(inputs)  # (N, T, H)
-        blocks = ((layer.crossattention.self.key, layer.crossattention.self.value) for layer in self._text_layers)
+        blocks = [(layer.crossattention.self.key, layer.crossattention.self.value) for layer in self._text_layers]
         return {**keys_and_values(blocks, hidden), "embedding": _unit(self.model.vision_proj(hidden[:, 0]))}
 
     def encode_texts(self, inputs: Inputs) -> Memory:
@@ -299,8 +299,13 @@ class BlipTeacher(nn.Module):
         return states
 
     def _hidden(self, inputs: Inputs) -> Tensor:
+        """Image tokens (N, T, H)."""
         pixels = inputs["pixel_values"].to(self.model.device, self.model.dtype)
-        return self._image_tower(self.model.vision_model, pixels)
+        if torch.is_grad_enabled():
+            return self._image_tower(self.model.vision_model, pixels)
+        size = layers.images_at_once(pixels, each=self.grid[0] * self.grid[1] + 1)
+        parts = [self._image_tower(self.model.vision_model, part) for part in torch.split(pixels, size)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @property
     def _text_layers(self) -> list[layers.Layer]:

@@ -12,7 +12,7 @@ Shape key: ``P`` pairs, ``N`` items of a memory, ``U`` distinct images of a call
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,7 +24,7 @@ from torch.nn import functional
 from distill.protocols import Ids, Memory
 from teachers.chunks import over_chunks
 from teachers.dense import dense
-from teachers.layers import Block, Packing, after, dropout_of, merge_heads, split_heads
+from teachers.layers import Block, Packing, after, dropout_of, images_at_once, merge_heads, split_heads
 
 if TYPE_CHECKING:
     from torch import nn
@@ -194,11 +194,24 @@ def score_packed(
     return over_chunks(one_chunk, order, len(order) if torch.is_grad_enabled() else pairs_per_chunk)
 
 
-def keys_and_values(blocks: Iterable[tuple[nn.Module, nn.Module]], tokens: Tensor) -> dict[str, Tensor]:
+def keys_and_values(blocks: Sequence[tuple[nn.Module, nn.Module]], tokens: Tensor) -> dict[str, Tensor]:
     """{"keys", "values": (N, F, T, H)} of image tokens (N, T, C), by each layer's projections (key, value)."""
-    pairs = [(dense(key, tokens), dense(value, tokens)) for key, value in blocks]
-    keys, values = zip(*pairs, strict=True)
-    return {"keys": torch.stack(keys, dim=1), "values": torch.stack(values, dim=1)}
+    names = "keys", "values"
+    if torch.is_grad_enabled():
+        found = zip(*((dense(key, tokens), dense(value, tokens)) for key, value in blocks), strict=True)
+        return {name: torch.stack(of_layers, dim=1) for name, of_layers in zip(names, found, strict=True)}
+    # The largest thing in memory by far is made once and filled, a few images at a time.
+    memory: dict[str, Tensor] = {}
+    size = images_at_once(tokens)
+    for start in range(0, max(1, len(tokens)), size):
+        part = tokens[start : start + size]
+        for at, block in enumerate(blocks):
+            for name, project in zip(names, block, strict=True):
+                made = dense(project, part)  # (n, T, H)
+                if name not in memory:
+                    memory[name] = made.new_empty((len(tokens), len(blocks), *made.shape[1:]))
+                memory[name][start : start + size, at] = made
+    return memory
 
 
 def cross_attention(block: Block, states: Tensor, source: Source, *, per_pair: bool = False) -> Tensor:

@@ -211,7 +211,7 @@ class FusionTeacher(nn.Module):
         if "keys" in inputs:
             return inputs
         features = self.image.features(inputs)
-        blocks = ((block.key, block.value) for block in self._cross())
+        blocks = [(block.key, block.value) for block in self._cross()]
         return {**keys_and_values(blocks, self.image.tokens(features)), "embedding": self.image.head(features)}
 
     def encode_texts(self, inputs: Inputs) -> Memory:

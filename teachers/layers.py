@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+_ROWS_ON_CPU = 1024
 Block = Any  # an attention block of a BERT-like layer: .self (query, key, value, dropout) and .output
 Layer = Any  # a BERT-like layer: .attention, .intermediate, .output and, in BLIP, .crossattention
 
@@ -133,6 +134,16 @@ def text_only(layers: Iterable[Layer], states: Tensor, packing: Packing) -> Tens
     for layer in layers:
         states = feed_forward(layer, self_attention(layer, states, packing))
     return states
+
+
+def images_at_once(tokens: Tensor, *, each: int | None = None) -> int:
+    """How many images (N, T, C) of ``each`` = T tokens to run in one go where no gradient is wanted.
+
+    On a CPU one large image at a time: more do not fit its caches, and eight at once take an eighth longer an image.
+    """
+    if tokens.device.type != "cpu":
+        return max(1, len(tokens))
+    return max(1, _ROWS_ON_CPU // (tokens.shape[1] if each is None else each))
 
 
 def image_tower(vision: Any, pixels: Tensor) -> Tensor:  # noqa: ANN401 - a BlipVisionModel

@@ -34,18 +34,26 @@ def test_every_package_is_listed_and_has_an_init() -> None:
         assert (ROOT / name.replace(".", "/") / "__init__.py").is_file(), name
 
 
-def test_the_import_rules_name_every_module() -> None:
-    modules = {
-        f"distill.{path.stem}"
-        for path in (ROOT / "distill").iterdir()
-        if (path.suffix == ".py" or (path / "__init__.py").is_file()) and not path.stem.startswith("__")
-    }
-    assert len(modules) > 20
-    rules = config()
-    towers = set(rules["importlinter:contract:towers"]["forbidden_modules"].split())
-    core = set(rules["importlinter:contract:core"]["source_modules"].split())
-    assert towers == modules - {"distill.protocols"}
-    assert core == modules - {"distill.cli", "distill.recipe"}
+@pytest.mark.parametrize(
+    ("file", "line", "contract"),
+    [
+        ("teachers/itm.py", "from distill.metrics import ranks", "teachers and students know only distill.protocols"),
+        ("students/options.py", "import distill.durable", "teachers and students know only distill.protocols"),
+        ("teachers/itm.py", "import students.options", "teachers and students never import each other"),
+        ("distill/report/table.py", "import teachers.itm", "only distill.recipe knows models"),
+        ("distill/mine.py", "import distill.embed", "stages do not import one another"),
+    ],
+)
+def test_the_import_rules_are_kept_and_can_be_broken(tmp_path: Path, file: str, line: str, contract: str) -> None:
+    for package in ("distill", "teachers", "students"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "setup.cfg", tmp_path)
+    with (tmp_path / file).open("a", encoding="utf-8") as broken:
+        broken.write(f"\n{line}\n")
+    code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1, done.stdout
+    assert f"{contract} BROKEN" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_arms_differ_and_each_logs_its_own_parts(whole: Path) -> None:
     run = whole / "runs" / "quickstart"
     parts = {}
     for arm in ("plain", "distilled", "maps"):
-        lines = [json.loads(line) for line in (run / "arms" / arm / "metrics.jsonl").read_text().splitlines()]
+        lines = [line for line in logged(run, arm) if "loss" in line]
         assert [line["step"] for line in lines] == list(range(12, 25, 3))
         parts[arm] = {key for key in lines[-1] if key.startswith("loss/")}
     assert parts["plain"] == {"loss/contrastive"}
@@ -76,16 +76,30 @@ def test_arms_differ_and_each_logs_its_own_parts(whole: Path) -> None:
     assert len(set(weights)) == 3
 
 
+def test_a_later_round_asks_the_teacher_only_for_pairs_that_no_round_asked_before(whole: Path) -> None:
+    run = whole / "runs" / "quickstart"
+    first, second = (line for line in logged(run, "distilled") if "teacher/asked" in line)
+    assert (first["round"], second["round"]) == (1, 2)
+    assert first["teacher/asked"] > 0
+    assert second["teacher/asked"] < first["teacher/asked"]
+    assert second["teacher/served_from_store"] >= 120 * 2  # the labelled pairs at least
+    other, _ = (line for line in logged(run, "maps") if "teacher/asked" in line)
+    total = first["teacher/asked"] + first["teacher/served_from_store"]
+    assert (other["teacher/asked"], other["teacher/served_from_store"]) == (0, total)  # the arms share a round
+
+
+def logged(run: Path, arm: str) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "arms" / arm / "metrics.jsonl").read_text().splitlines()]
+
+
 def test_trackers_get_what_the_log_gets(whole: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found = EventAccumulator(str(whole / "runs" / "quickstart" / "cross2dual"))
     found.Reload()
-    logged = [
-        json.loads(line) for line in (whole / "runs/quickstart/arms/plain/metrics.jsonl").read_text().splitlines()
-    ]
+    lines = logged(whole / "runs/quickstart", "plain")
     values = [(event.step, event.value) for event in found.Scalars("plain/loss")]
-    assert values == [(line["step"], pytest.approx(line["loss"], rel=1e-6)) for line in logged]
+    assert values == [(line["step"], pytest.approx(line["loss"], rel=1e-6)) for line in lines]
 
 
 def test_the_picture_is_there_and_has_content(whole: Path) -> None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from distill.losses.schedule import Schedule
+
 if TYPE_CHECKING:
     from distill.protocols import Loss, Scored
 
@@ -32,12 +34,14 @@ class NonFiniteLossError(ValueError):
 class Part:
     """One loss of a sum: ``loss`` is any function of ``Scored`` that gives a scalar.
 
-    A weight of 0 reports the part without training on it.
+    A weight of 0 reports the part without training on it. A ``schedule`` multiplies the weight by a factor that
+    changes over the training; without one it is constant.
     """
 
     name: str
     weight: float
     loss: Loss
+    schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -51,6 +55,18 @@ class Part:
     def needs(self) -> frozenset[str]:
         """Names of ``Scored.extras`` that the loss reads."""
         return frozenset(getattr(self.loss, "needs", ()))
+
+    def weight_at(self, progress: float | None) -> float:
+        """The weight at a progress in [0, 1] of the whole training.
+
+        Raises:
+            ValueError: the weight has a schedule and the progress is None.
+        """
+        if self.schedule is None:
+            return self.weight
+        if progress is None:
+            raise ValueError(f"the weight of {self.name!r} has a schedule: the training must say its progress")
+        return self.weight * self.schedule(progress)
 
 
 @dataclass(frozen=True)
@@ -72,9 +88,13 @@ class Weighted:
         """Names of ``Scored.extras`` that any part reads."""
         return frozenset().union(*(part.needs for part in self.parts))
 
-    def __call__(self, scored: Scored) -> Tensor:
+    def __call__(self, scored: Scored, progress: float | None = None) -> Tensor:
         """-> (), the weighted sum."""
-        return self.total(self.parts_of(scored))
+        return self.total(self.parts_of(scored), progress)
+
+    def weights(self, progress: float | None = None) -> dict[str, float]:
+        """Each part's weight by name, as it is at a progress in [0, 1]; parts without a schedule need none."""
+        return {part.name: part.weight_at(progress) for part in self.parts}
 
     def parts_of(self, scored: Scored) -> dict[str, Tensor]:
         """Each part's unweighted scalar by name, with gradient where its weight is above 0.
@@ -91,15 +111,21 @@ class Weighted:
             raise NonFiniteLossError(bad.name, values[bad.name].item(), rows, cause)
         return values
 
-    def total(self, parts: Mapping[str, Tensor]) -> Tensor:
+    def total(self, parts: Mapping[str, Tensor], progress: float | None = None) -> Tensor:
         """-> (), sum of weight * part. It is linear: parts averaged over directions or micro-batches may be given.
 
+        Args:
+            parts: values by name.
+            progress: share of the whole training that is done; only parts with a schedule need it.
+
         Raises:
-            ValueError: ``parts`` has other names than this sum.
+            ValueError: ``parts`` has other names than this sum, or a schedule lacks the progress.
         """
         if set(parts) != {part.name for part in self.parts}:
             raise ValueError(f"expected parts {[part.name for part in self.parts]}, got {sorted(parts)}")
-        weighted = [part.weight * parts[part.name] for part in self.parts if part.weight > 0]
+        weights = self.weights(progress)
+        # a factor that is 0 for now stays in the sum, so that there is a gradient (of zeros) in every step
+        weighted = [weights[part.name] * parts[part.name] for part in self.parts if part.weight > 0]
         return torch.stack(weighted).sum()
 
 

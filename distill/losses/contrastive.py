@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from torch.nn.functional import softplus
 
@@ -26,6 +26,14 @@ Positives = Literal["softmax_all", "shared"]
 Negatives = Literal["in_batch", "all"]
 
 
+def in_scope(scored: Scored, negatives: Negatives) -> tuple[Tensor, Tensor]:
+    """Positives and negatives (B, K) bool, each, among the columns in scope; ``all`` takes mined columns too."""
+    scope = scored.valid
+    if negatives == "in_batch" and scored.in_batch is not None:
+        scope = scope & scored.in_batch
+    return scope & scored.positive, scope & ~scored.positive
+
+
 @dataclass(frozen=True, kw_only=True)
 class Contrastive:
     """InfoNCE with all positives of a row, for one direction.
@@ -39,12 +47,14 @@ class Contrastive:
 
     Attributes:
         temperature: None multiplies the cosine by the student's learned scale; a number divides by it.
-        train_scale: let this loss train the learned scale. True here and nowhere else: this is the loss that the scale
-            belongs to, every other loss reads the value that it has learned.
+        train_scale: let this loss train the learned scale. True here, and in what takes its place (``SigLIP``,
+            ``Momentum``): the scale belongs to this loss, every other one reads the value that it has learned.
         positives: how several positives of one row share the loss.
         negatives: ``in_batch`` uses only columns of the batch's own items (every column when ``Scored.in_batch`` is
             None); ``all`` uses mined columns too.
     """
+
+    reads_teacher: ClassVar[bool] = False
 
     temperature: float | None = None
     train_scale: bool = True
@@ -62,12 +72,10 @@ class Contrastive:
 
     def per_row(self, scored: Scored) -> tuple[Tensor, Tensor]:
         """Values (B,) and which rows have a term (B,) bool."""
-        scope = scored.valid
-        if self.negatives == "in_batch" and scored.in_batch is not None:
-            scope = scope & scored.in_batch
-        positive, negative = scope & scored.positive, scope & ~scored.positive
+        positive, negative = in_scope(scored, self.negatives)
         z = student_logits(scored, self.temperature, train_scale=self.train_scale)  # (B, K)
         if self.positives == "shared":
+            scope = positive | negative
             return row_mean(-log_softmax_over(z, scope), positive), positive.any(dim=1) & (scope.sum(dim=1) > 1)
         others = z.masked_fill(~negative, LOW).logsumexp(dim=1, keepdim=True)  # (B, 1)
         # softplus of the difference keeps the digits that a difference of two logarithms would cancel

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from distill.experiment import Builders
 from distill.recipe import schema
+from distill.recipe.build_ensemble import ensemble_parts
+from distill.recipe.build_teachers import build_teacher, learned_tokenizer
+from distill.recipe.ensemble import EnsembleTeacherRecipe
 from distill.recipe.losses import CustomLoss, LossPart
+from distill.recipe.targets import import_target
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from distill.data.corpus import Corpus
     from distill.data.reading import ReadOptions
     from distill.losses.combine import Weighted
@@ -26,22 +27,42 @@ _CLASS_OF_LOSS = {
     "margin_mse": "MarginMSE",
     "m3se": "M3SE",
     "kl": "KL",
+    "softmax_ce": "SoftmaxCE",
+    "pearson": "Pearson",
+    "logit_mse": "LogitMSE",
+    "listmle": "ListMLE",
+    "rankdistil": "RankDistil",
+    "ranknet": "RankNet",
+    "lambdarank": "LambdaRank",
+    "approx_ndcg": "ApproxNDCG",
+    "adr_mse": "ADRMSE",
+    "siglip": "SigLIP",
+    "hinge": "Hinge",
+    "momentum": "Momentum",
+    "embedding_match": "EmbeddingMatch",
+    "affinity": "Affinity",
     "attention": "Attention",
 }
 
 
-class BuildError(ValueError):
-    """A part of the recipe that cannot be built; the message says what to change."""
-
-
 def builders(recipe: Recipe) -> Builders:
     """How the recipe's parts are made."""
+    several = recipe.teacher if isinstance(recipe.teacher, EnsembleTeacherRecipe) else None
     return Builders(
         corpus=partial(build_corpus, recipe.data, recipe.cache),
-        teacher=lambda corpus, folder: build_teacher(recipe.teacher, corpus, folder=folder, seed=recipe.seed),
+        teacher=lambda corpus, folder: build_teacher(
+            recipe.teacher,
+            corpus,
+            seed=recipe.seed,
+            folder=folder,
+            teaches=recipe.teach is not None and folder is None,
+        ),
         student=lambda corpus: build_student(recipe.student, corpus, tokens=recipe.needs_maps),
         saved_student=partial(load_student, recipe.student),
         losses=build_losses,
+        ensemble=None
+        if several is None
+        else partial(ensemble_parts, several, partial(build_teacher, seed=recipe.seed)),
     )
 
 
@@ -102,83 +123,6 @@ def _read_options(data: schema.BadItems, cache: Path) -> ReadOptions:
     )
 
 
-# --- teachers ---------------------------------------------------------------------------------------------------------
-
-
-def build_teacher(recipe: schema.TeacherRecipe, corpus: Corpus, *, folder: Path | None, seed: int) -> Any:
-    """The teacher: from ``folder`` where it was taught, else from the recipe's checkpoint, else with random weights."""
-    import torch
-
-    torch.manual_seed(seed)
-    source = str(folder) if folder is not None else recipe.checkpoint
-    if isinstance(recipe, schema.BlipTeacherRecipe):
-        return _blip(recipe, corpus, source)
-    if isinstance(recipe, schema.FusionTeacherRecipe):
-        return _fusion(recipe, source)
-    made = import_target(recipe.target)
-    return made.from_pretrained(source, **recipe.options) if source is not None else made(**recipe.options)
-
-
-def _blip(recipe: schema.BlipTeacherRecipe, corpus: Corpus, source: str | None) -> Any:
-    from teachers.blip import BlipTeacher
-    from teachers.blip_options import BlipOptions
-
-    options = BlipOptions(
-        recipe.score_kind, recipe.enc_token, recipe.max_text_length, cosine_weight=recipe.cosine_weight
-    )
-    if source is not None:
-        return BlipTeacher.from_pretrained(source, options=options)
-    text = {
-        **_tower(recipe.text),
-        **_spread(recipe.text),
-        "encoder_hidden_size": recipe.vision.width,
-        "max_position_embeddings": max(64, recipe.max_text_length),
-        "hidden_dropout_prob": recipe.text.dropout,
-        "attention_probs_dropout_prob": recipe.text.dropout,
-    }
-    return BlipTeacher.from_config(
-        vision={**_tower(recipe.vision), **_spread(recipe.vision), "patch_size": recipe.vision.patch_size},
-        text=text,
-        embed_dim=recipe.embed_dim,
-        image_size=recipe.image_size,
-        tokenizer=_vocabulary(corpus, recipe.vocabulary),
-        options=options,
-    )
-
-
-def _fusion(recipe: schema.FusionTeacherRecipe, source: str | None) -> Any:
-    from teachers.fusion import FusionTeacher
-    from teachers.fusion_options import FusionDesign, FusionOptions
-
-    options = FusionOptions(recipe.score_kind, recipe.max_text_length, cosine_weight=recipe.cosine_weight)
-    if source is not None:
-        return FusionTeacher.from_pretrained(source, options=options)
-    design = FusionDesign(**recipe.model_dump(include=set(FusionDesign.__dataclass_fields__)))
-    if recipe.vision is None or recipe.text is None:
-        raise BuildError("teacher: give vision and text, or a checkpoint")
-    return FusionTeacher.from_backbones(recipe.vision, recipe.text, design=design, options=options)
-
-
-def _tower(tower: schema.TinyTower) -> dict[str, Any]:
-    return {
-        "hidden_size": tower.width,
-        "num_hidden_layers": tower.layers,
-        "num_attention_heads": tower.heads,
-        "intermediate_size": tower.mlp_width or 4 * tower.width,
-    }
-
-
-def _spread(tower: schema.TinyTower) -> dict[str, float]:
-    """Spread of the random weights. The usual 0.02 suits 768 wide; at 96 wide it slows a BLIP several times."""
-    return {"initializer_range": 0.6 * tower.width**-0.5}
-
-
-def _vocabulary(corpus: Corpus, size: int) -> PreTrainedTokenizerBase:
-    from distill.data.vocabulary import learn_tokenizer
-
-    return learn_tokenizer([corpus.texts[row] for row in corpus.split("train").texts.tolist()], size=size)
-
-
 # --- students ---------------------------------------------------------------------------------------------------------
 
 
@@ -197,10 +141,10 @@ def build_student(recipe: schema.StudentRecipe, corpus: Corpus, *, tokens: bool)
             recipe.vision, recipe.text, projection_dim=recipe.projection_dim, options=options
         )
     return DualEncoder.from_config(
-        vision={**_tower(recipe.vision), "patch_size": recipe.vision.patch_size},
-        text={**_tower(recipe.text), "max_position_embeddings": max(8, recipe.max_text_length or 64)},
+        vision={**recipe.vision.sizes(), "patch_size": recipe.vision.patch_size},
+        text={**recipe.text.sizes(), "max_position_embeddings": max(8, recipe.max_text_length or 64)},
         projection_dim=recipe.projection_dim,
-        tokenizer=_vocabulary(corpus, recipe.vocabulary),
+        tokenizer=learned_tokenizer(corpus, recipe.vocabulary),
         image_size=recipe.image_size,
         family=recipe.family,
         options=options,
@@ -223,6 +167,7 @@ def build_losses(parts: Sequence[LossPart]) -> Weighted:
     """The weighted sum of a recipe's parts; two parts of one name are numbered."""
     import distill.losses
     from distill.losses.combine import Part, Weighted
+    from distill.losses.schedule import Schedule
 
     made, seen = [], dict[str, int]()
     for part in parts:
@@ -232,18 +177,6 @@ def build_losses(parts: Sequence[LossPart]) -> Weighted:
         else:
             loss, name = getattr(distill.losses, _CLASS_OF_LOSS[part.name])(**part.given()), part.name
         seen[name] = seen.get(name, 0) + 1
-        made.append(Part(name if seen[name] == 1 else f"{name}_{seen[name]}", part.weight, loss))
+        schedule = None if part.schedule is None else Schedule(**part.schedule.model_dump())
+        made.append(Part(name if seen[name] == 1 else f"{name}_{seen[name]}", part.weight, loss, schedule))
     return Weighted(tuple(made))
-
-
-def import_target(target: str) -> Any:
-    """The object that ``module:Name`` names.
-
-    Raises:
-        BuildError: the module cannot be imported or has no such name.
-    """
-    module, _, name = target.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise BuildError(f"{target}: {error}") from error

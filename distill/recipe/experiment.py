@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from distill.recipe.ensemble import AnyTeacher
 from distill.recipe.losses import Contrastive, LossPart
 from distill.recipe.schema import (
     Count,
@@ -17,7 +18,6 @@ from distill.recipe.schema import (
     Share,
     Strict,
     StudentRecipe,
-    TeacherRecipe,
     TeachRecipe,
 )
 
@@ -39,6 +39,8 @@ class ScoreRecipe(Strict):
 
     pairs_per_unit: Count = Field(default=16_384, description="pairs of one work unit: what a kill can lose")
     pairs_per_chunk: Count = Field(default=1024, description="pairs of one call of the teacher")
+    image_memory_bytes: Count = Field(default=1 << 30, description="most that is kept of images encoded together")
+    text_memory_bytes: Count = Field(default=1 << 30, description="most that is kept of all texts together")
 
 
 class TrainRecipe(Strict):
@@ -113,7 +115,7 @@ class Recipe(Strict):
         default=2.0, description="decoded and preprocessed pictures are kept on disk when they fit in this many GiB"
     )
     data: Data
-    teacher: TeacherRecipe
+    teacher: AnyTeacher
     teach: TeachRecipe | None = None
     student: StudentRecipe
     shared_losses: tuple[LossPart, ...] = (Contrastive(name="contrastive"),)
@@ -130,7 +132,10 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _teacher_comes_from_somewhere(self) -> Recipe:
-        if self.teach is None and self.teacher.kind != "custom" and self.teacher.checkpoint is None:
+        if self.teacher.kind == "ensemble":
+            if self.teach is not None:
+                raise ValueError("teach: an ensemble is not taught, its members are: each by a recipe of its own")
+        elif self.teach is None and self.teacher.kind != "custom" and self.teacher.checkpoint is None:
             raise ValueError("teacher.checkpoint: give a hub id or folder, or a teach: section that trains the teacher")
         return self
 

@@ -1,48 +1,59 @@
-"""What a recipe may say. Unknown keys are errors, every default is here, and nothing here imports a model library."""
+"""What a recipe may say. Unknown keys are errors, every default is here, and nothing here imports a model library.
+
+Its parts: ``basics``, ``teachers``, ``losses``; data and students are below.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field
 
-from distill.protocols import ScoreKind
+from distill.recipe.basics import Count, Name, Natural, Positive, Share, Strict, Target, TinyTower
+from distill.recipe.teachers import (
+    Blip2TeacherRecipe,
+    BlipTeacherRecipe,
+    BridgeTowerTeacherRecipe,
+    ClassifierTeacherRecipe,
+    CustomTeacherRecipe,
+    FusionTeacherRecipe,
+    TeacherRecipe,
+    TeachRecipe,
+    ViltTeacherRecipe,
+)
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Strict(BaseModel):
-    """Every part of a recipe: extra keys forbidden, values fixed once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class Target(Strict):
-    """A class or function of the user's own, by import path, with its options."""
-
-    target: str = Field(description="module:Name, importable where the command runs")
-    options: dict[str, Any] = {}
-
-    @field_validator("target")
-    @classmethod
-    def _importable(cls, value: str) -> str:
-        module, _, name = value.partition(":")
-        if not module or not name:
-            raise ValueError(f"{value!r} is not of the form module:Name")
-        try:
-            found = importlib.util.find_spec(module)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"{value!r}: {error}; is its folder on PYTHONPATH?") from None
-        if found is None:
-            raise ValueError(f"{value!r}: no module named {module!r}; is its folder on PYTHONPATH?")
-        return value
-
+__all__ = [
+    "BadItems",
+    "Blip2TeacherRecipe",
+    "BlipTeacherRecipe",
+    "BridgeTowerTeacherRecipe",
+    "CheckpointStudent",
+    "ClassifierTeacherRecipe",
+    "ConfigStudent",
+    "Count",
+    "CustomStudent",
+    "CustomTeacherRecipe",
+    "Data",
+    "FusionTeacherRecipe",
+    "HubData",
+    "KarpathyData",
+    "ManifestData",
+    "Name",
+    "Natural",
+    "Positive",
+    "ScenesData",
+    "Share",
+    "Strict",
+    "StudentOptions",
+    "StudentRecipe",
+    "Target",
+    "TeachRecipe",
+    "TeacherRecipe",
+    "TinyTower",
+    "TowersStudent",
+    "ViltTeacherRecipe",
+]
 
 # --- data -------------------------------------------------------------------------------------------------------------
 
@@ -109,89 +120,7 @@ class HubData(BadItems):
 Data = Annotated[ScenesData | KarpathyData | ManifestData | HubData, Field(discriminator="source")]
 
 
-# --- models -----------------------------------------------------------------------------------------------------------
-
-
-class TinyTower(Strict):
-    """Shape of a tower that starts from random weights."""
-
-    layers: Count = 3
-    width: Count = 96
-    heads: Count = 4
-    mlp_width: Count | None = Field(default=None, description="4 x width when absent")
-    patch_size: Count = 16
-    dropout: Share = 0.0
-
-
-class BlipTeacherRecipe(Strict):
-    """BlipForImageTextRetrieval: a checkpoint, or random weights of a given shape that ``distill teach`` trains."""
-
-    kind: Literal["blip"]
-    checkpoint: str | None = None
-    vision: TinyTower = TinyTower()
-    text: TinyTower = TinyTower()
-    image_size: Count = 48
-    embed_dim: Count = 64
-    vocabulary: Count = 1000
-    score_kind: ScoreKind = "log_odds"
-    cosine_weight: Positive = Field(default=1.0, description="of the cosine in logit+cosine; BLIP's evaluation has 1")
-    enc_token: Literal["original", "cls"] | int = "original"
-    max_text_length: Count = 35
-
-
-class FusionTeacherRecipe(Strict):
-    """A BLIP-style cross-encoder put together from a vision backbone and a BERT-family text encoder."""
-
-    kind: Literal["fusion"]
-    checkpoint: str | None = None
-    vision: str | None = None
-    text: str | None = None
-    fusion_layers: Count = 2
-    freeze_vision: bool = True
-    frozen_text_layers: Natural = 0
-    embed_dim: Count = 256
-    dropout: Share = 0.1
-    contrastive_text: Literal["deep", "shallow", "sentence"] = "deep"
-    image_input_dropout: Share = 0.0
-    text_input_dropout: Share = 0.0
-    score_kind: ScoreKind = "log_odds"
-    cosine_weight: Positive = Field(default=1.0, description="of the cosine in logit+cosine; BLIP's evaluation has 1")
-    max_text_length: Count = 35
-
-    @model_validator(mode="after")
-    def _has_source(self) -> FusionTeacherRecipe:
-        if self.checkpoint is None and (self.vision is None or self.text is None):
-            raise ValueError("give either checkpoint, or both vision and text (hub ids or folders)")
-        return self
-
-
-class CustomTeacherRecipe(Target):
-    """A class of the user's own that satisfies ``distill.protocols.Teacher``."""
-
-    kind: Literal["custom"]
-    checkpoint: str | None = None
-
-
-TeacherRecipe = Annotated[BlipTeacherRecipe | FusionTeacherRecipe | CustomTeacherRecipe, Field(discriminator="kind")]
-
-
-class TeachRecipe(Strict):
-    """How ``distill teach`` trains the teacher: contrastive (ITC) and matching (ITM) losses."""
-
-    steps: Count = 1500
-    batch_size: Annotated[int, Field(ge=2)] = 96
-    itm_queries: Count | None = Field(default=None, description="pairs a step for the matching head; all when absent")
-    lr: Positive = 1.5e-3
-    pretrained_lr: Positive | None = Field(
-        default=None, description="for layers that start from a checkpoint; lr when absent"
-    )
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    warmup: Share = 0.1
-    grad_clip: Positive = 1.0
-    random_negatives: Share = Field(
-        default=1 / 6, description="share of the steps with random instead of hard negatives"
-    )
-    itm_weight: Positive = 1.0
+# --- students ---------------------------------------------------------------------------------------------------------
 
 
 class StudentOptions(Strict):

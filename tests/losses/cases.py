@@ -1,76 +1,36 @@
-"""Random batches, and every loss in every option beside its loop reference."""
+"""Every loss that reads scores, in every option, beside its loop reference."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from distill.losses import CPRD, KL, M3SE, Attention, Contrastive, MarginMSE
-from distill.protocols import Scored
-from tests.losses import loops
+from distill.losses import (
+    ADRMSE,
+    CPRD,
+    KL,
+    M3SE,
+    ApproxNDCG,
+    Attention,
+    Contrastive,
+    Hinge,
+    LambdaRank,
+    ListMLE,
+    LogitMSE,
+    MarginMSE,
+    Pearson,
+    RankDistil,
+    RankNet,
+    SigLIP,
+    SoftmaxCE,
+)
+from tests.losses import loops, slow
+from tests.losses.batches import SCALE
 
-SCALE = 7.0
-
-
-def draw(seed, *, rows=7, columns=9, ties=False, dtype=torch.float64):
-    """Ragged rows, cells not asked, zero to many positives, in-batch marks; NaN and rubbish where nothing is."""
-    g = torch.Generator().manual_seed(seed)
-
-    def chance(p):
-        return torch.rand(rows, columns, generator=g) < p
-
-    student = torch.rand(rows, columns, generator=g, dtype=torch.float64) * 2 - 1
-    teacher = torch.randn(rows, columns, generator=g, dtype=torch.float64) * 3
-    if ties:
-        teacher = teacher.round().clamp(-2, 2)
-    length = torch.randint(1, columns + 1, (rows, 1), generator=g)
-    valid = (torch.arange(columns) < length) & chance(0.9)
-    positive = chance(0.3)
-    student = torch.where(valid, student, torch.full_like(student, torch.nan))
-    teacher = torch.where(chance(0.75), teacher, torch.full_like(teacher, torch.nan))
-    return Scored(
-        student=student.to(dtype),
-        teacher=teacher.to(dtype),
-        positive=positive,
-        valid=valid,
-        scale=torch.tensor(SCALE, dtype=dtype),
-        in_batch=chance(0.7) | (positive & chance(0.7)),
-        extras=draw_maps(g, dtype),
-    )
-
-
-def draw_maps(g, dtype, *, pairs=3, tokens=4, cells=6):
-    shape = (pairs, tokens, cells)
-    return {
-        "student_attention": torch.randn(shape, generator=g, dtype=torch.float64).log_softmax(dim=2).to(dtype),
-        "teacher_attention": torch.randn(shape, generator=g, dtype=torch.float64).log_softmax(dim=2).to(dtype),
-        "attention_tokens": torch.rand(pairs, tokens, generator=g) < 0.7,
-    }
-
-
-def grad_ready(scored):
-    """(the batch with leaves, the leaves): student scores, the scale, the student's maps."""
-    maps = {name: value.clone() for name, value in scored.extras.items()}
-    leaves = [scored.student.clone().requires_grad_(), scored.scale.clone().requires_grad_()]
-    if maps:
-        maps["student_attention"].requires_grad_()
-        leaves.append(maps["student_attention"])
-    return replace(scored, student=leaves[0], scale=leaves[1], extras=maps), leaves
-
-
-def cells(scored, function):
-    """The batch with ``function`` applied to each of its (B, K) tensors."""
-    return replace(
-        scored,
-        student=function(scored.student),
-        teacher=function(scored.teacher),
-        positive=function(scored.positive),
-        valid=function(scored.valid),
-        in_batch=None if scored.in_batch is None else function(scored.in_batch),
-    )
+LOG2 = math.log(2)
 
 
 @dataclass(frozen=True)
@@ -80,6 +40,20 @@ class Case:
     reference: Callable
     reads_scores: bool = True
     reads_teacher: bool = True
+    differences: bool = True  # a constant added to a row of student scores changes nothing
+    one_is_enough: bool = False  # a row of one scored candidate has a term
+    ties: bool = True  # the teacher's ties are broken in one way only
+
+    def __call__(self, scored):
+        """The loss with the same draws whenever it draws."""
+        torch.manual_seed(0)
+        return self.loss(scored)
+
+    @property
+    def scaled(self):
+        """Whether the student's learned scale is read."""
+        reads = not isinstance(self.loss, Hinge) and not (isinstance(self.loss, Pearson) and self.loss.of == "scores")
+        return reads and getattr(self.loss, "temperature", None) is None
 
 
 def _bar(threshold):
@@ -90,9 +64,19 @@ def _margin(margin):
     return lambda neg, pos: sum(cell.teacher >= max(p.teacher for p in pos) - margin for cell in neg) if pos else 0
 
 
+NO_TEACHER = (loops.contrastive, slow.siglip, slow.hinge)
+ABSOLUTE = (slow.siglip, slow.logit_mse)  # they read the student's score itself, not only differences
+
+
 def _case(name, loss, reference, **options):
     return Case(
-        name, loss, lambda scored: reference(scored, **options), reads_teacher=reference is not loops.contrastive
+        name,
+        loss,
+        lambda scored: reference(scored, **options),
+        reads_teacher=reference not in NO_TEACHER,
+        differences=reference not in ABSOLUTE,
+        one_is_enough=reference is slow.logit_mse,
+        ties=not isinstance(loss, RankDistil),
     )
 
 
@@ -164,11 +148,120 @@ CASES = [
         zscore=True,
         positive="drop",
     ),
+    _case("kl-row", KL(teacher_std="row"), slow.kl_in_units, factor=SCALE, teacher_std="row"),
+    _case(
+        "kl-batch",
+        KL(teacher_std="batch", temperature=0.2, teacher_temperature=0.5),
+        slow.kl_in_units,
+        factor=5,
+        teacher_std="batch",
+        teacher_temperature=0.5,
+    ),
+    _case("margin_mse-row", MarginMSE(teacher_std="row"), slow.margin_mse, factor=SCALE, teacher_std="row"),
+    _case("margin_mse-pairs", MarginMSE(over="pairs"), slow.margin_mse, factor=SCALE, over="pairs"),
+    _case("margin_mse-all", MarginMSE(pairs="all"), slow.margin_mse, factor=SCALE, pairs="all"),
+    _case(
+        "margin_mse-all-std",
+        MarginMSE(pairs="all", over="pairs", teacher_std=2.0, temperature=0.5),
+        slow.margin_mse,
+        factor=2,
+        pairs="all",
+        over="pairs",
+        teacher_std=2.0,
+    ),
+    _case("m3se-row", M3SE(teacher_std="row"), slow.m3se_row, factor=SCALE),
+    _case("softmax_ce", SoftmaxCE(), slow.softmax_ce, factor=SCALE),
+    _case("softmax_ce-labels", SoftmaxCE(target="labels"), slow.softmax_ce, factor=SCALE, target="labels"),
+    _case(
+        "softmax_ce-row",
+        SoftmaxCE(teacher_std="row", teacher_temperature=0.5, temperature=0.1),
+        slow.softmax_ce,
+        factor=10,
+        teacher_std="row",
+        teacher_temperature=0.5,
+    ),
+    _case("pearson", Pearson(), slow.pearson),
+    _case(
+        "pearson-softmax",
+        Pearson(of="softmax", temperature=0.5, teacher_temperature=2.0),
+        slow.pearson,
+        factor=2,
+        of="softmax",
+        teacher_temperature=2.0,
+    ),
+    _case("logit_mse", LogitMSE(), slow.logit_mse, factor=SCALE),
+    _case("logit_mse-number", LogitMSE(teacher_std=3.0, temperature=0.5), slow.logit_mse, factor=2, teacher_std=3.0),
+    _case("logit_mse-row", LogitMSE(teacher_std="row"), slow.logit_mse, factor=SCALE, teacher_std="row"),
+    _case("logit_mse-batch", LogitMSE(teacher_std="batch"), slow.logit_mse, factor=SCALE, teacher_std="batch"),
+    _case("listmle", ListMLE(), slow.listmle, factor=SCALE),
+    _case("listmle-sum", ListMLE(normalise="sum", temperature=0.5), slow.listmle, factor=2, normalise="sum"),
+    # at this temperature every sampled order is the teacher's, so that a loop can follow
+    _case("rankdistil", RankDistil(teacher_temperature=1e-9, samples=2), slow.listmle, factor=SCALE),
+    _case(
+        "rankdistil-top",
+        RankDistil(teacher_temperature=1e-9, samples=2, top=2, normalise="sum"),
+        slow.listmle,
+        factor=SCALE,
+        normalise="sum",
+        top=2,
+    ),
+    _case("ranknet", RankNet(), slow.ranknet, factor=SCALE),
+    _case("ranknet-pairs", RankNet(over="pairs", binary_log=True), slow.ranknet, factor=SCALE, over="pairs", log=LOG2),
+    _case("lambdarank", LambdaRank(), slow.lambdarank, factor=SCALE),
+    _case(
+        "lambdarank-sigmoid",
+        LambdaRank(gain="sigmoid", over="pairs"),
+        slow.lambdarank,
+        factor=SCALE,
+        gain="sigmoid",
+        over="pairs",
+    ),
+    _case(
+        "lambdarank-exponential",
+        LambdaRank(gain="exponential", binary_log=True, temperature=0.5),
+        slow.lambdarank,
+        factor=2,
+        gain="exponential",
+        log=LOG2,
+    ),
+    _case("approx_ndcg", ApproxNDCG(), slow.approx_ndcg, factor=SCALE),
+    _case("approx_ndcg-sigmoid", ApproxNDCG(gain="sigmoid"), slow.approx_ndcg, factor=SCALE, gain="sigmoid"),
+    _case(
+        "approx_ndcg-exponential",
+        ApproxNDCG(gain="exponential", temperature=0.5),
+        slow.approx_ndcg,
+        factor=2,
+        gain="exponential",
+    ),
+    _case("adr_mse", ADRMSE(), slow.adr_mse, factor=SCALE),
+    _case(
+        "adr_mse-cells",
+        ADRMSE(over="cells", discount="none"),
+        slow.adr_mse,
+        factor=SCALE,
+        over="cells",
+        discount="none",
+    ),
+    _case(
+        "adr_mse-reciprocal",
+        ADRMSE(discount="reciprocal", temperature=0.5),
+        slow.adr_mse,
+        factor=2,
+        discount="reciprocal",
+    ),
+    _case("siglip", SigLIP(bias=-3.0), slow.siglip, factor=SCALE, bias=-3.0),
+    _case("siglip-all", SigLIP(negatives="all", temperature=0.1), slow.siglip, factor=10, negatives="all"),
+    _case("hinge", Hinge(), slow.hinge),
+    _case("hinge-sum", Hinge(hardest=False, margin=0.5), slow.hinge, hardest=False, margin=0.5),
+    _case("hinge-vse", Hinge(reduction="sum", negatives="all"), slow.hinge, reduction="sum", negatives="all"),
     Case("attention", Attention(), loops.attention, reads_scores=False),
 ]
 SCORE_CASES = [case for case in CASES if case.reads_scores]
 DISTILLATION = [case for case in SCORE_CASES if case.reads_teacher]
-assert len(CASES) == len({case.name for case in CASES}) > len(SCORE_CASES) > len(DISTILLATION) > 20
+WHOLE_CALL = ("batch", "pairs", "-all-std", "cells", "vse")  # options that look at a call as a whole
+ROW_BY_ROW = [case for case in SCORE_CASES if not any(word in case.name for word in WHOLE_CALL)]
+assert len(CASES) == len({case.name for case in CASES}) > len(SCORE_CASES) > len(DISTILLATION) > 50
+assert 40 < len(ROW_BY_ROW) < len(SCORE_CASES)
 
 
 def named(cases):

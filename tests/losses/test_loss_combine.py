@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from distill.losses import KL, Attention, Contrastive, NonFiniteLossError, Part, Weighted
-from tests.losses.cases import draw, grad_ready
+from distill.losses import KL, Attention, Contrastive, NonFiniteLossError, Part, Schedule, Weighted
+from tests.losses.batches import draw, grad_ready
 
 BOTH = Weighted((Part("contrastive", 0.5, Contrastive()), Part("kl", 2.0, KL())))
 
@@ -164,3 +164,66 @@ def test_rubbish_in_padding_is_no_failure():
     scored = draw(7)
     assert scored.student.isnan().any()
     assert BOTH(scored).isfinite()
+
+
+# --- schedules --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("schedule", "values"),
+    [
+        (Schedule(), [0, 0.25, 0.5, 1]),
+        (Schedule(begin=0.25, end=0.75), [0, 0, 0.5, 1]),
+        (Schedule(first=1.0, last=0.2, end=0.5), [1, 0.6, 0.2, 0.2]),
+        (Schedule(shape="cosine"), [0, 0.1464466, 0.5, 1]),
+        (Schedule(shape="constant", last=0.7), [0.7] * 4),
+        (Schedule(begin=0.5, end=0.5), [0, 0, 1, 1]),
+        (Schedule(begin=1.0), [0, 0, 0, 1]),
+    ],
+)
+def test_schedules_at_a_quarter_a_half_and_the_ends(schedule, values):
+    assert [schedule(progress) for progress in (0.0, 0.25, 0.5, 1.0)] == pytest.approx(values)
+
+
+def test_a_schedule_changes_the_weight_and_the_gradient():
+    ramp = Weighted((Part("contrastive", 1.0, Contrastive()), Part("kl", 4.0, KL(), Schedule(begin=0.2))))
+    scored, (student, *_) = grad_ready(draw(0))
+    for progress, weight in [(0.0, 0.0), (0.6, 2.0), (1.0, 4.0)]:
+        assert ramp.weights(progress) == pytest.approx({"contrastive": 1.0, "kl": weight})
+        parts = ramp.parts_of(scored)
+        total = ramp.total(parts, progress)
+        torch.testing.assert_close(total, parts["contrastive"] + weight * parts["kl"])
+        torch.testing.assert_close(ramp(scored, progress), total)
+        (got,) = torch.autograd.grad(total, student)
+        (expected,) = torch.autograd.grad(Contrastive()(scored) + weight * KL()(scored), student)
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_sum_whose_only_part_still_waits_has_a_gradient_of_zeros():
+    scored, (student, *_) = grad_ready(draw(1))
+    Weighted((Part("kl", 1.0, KL(), Schedule(begin=0.5)),))(scored, 0.1).backward()
+    assert (student.grad == 0).all()
+
+
+def test_a_schedule_without_progress_is_refused_and_none_needs_none():
+    ramp = Weighted((Part("kl", 1.0, KL(), Schedule()),))
+    with pytest.raises(ValueError, match="the weight of 'kl' has a schedule: the training must say its progress"):
+        ramp(draw(0))
+    assert BOTH.weights() == BOTH.weights(0.3) == {"contrastive": 0.5, "kl": 2.0}
+    with pytest.raises(ValueError, match=r"progress must be in \[0, 1\], got 1.5"):
+        ramp(draw(0), 1.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"shape": "step"}, "shape must be one of constant, linear, cosine"),
+        ({"first": -1.0}, "first must be a number >= 0, got -1.0"),
+        ({"last": float("inf")}, "last must be a number >= 0"),
+        ({"begin": 0.6, "end": 0.4}, "0 <= begin <= end <= 1, got begin=0.6 and end=0.4"),
+        ({"end": 1.5}, "0 <= begin <= end <= 1"),
+    ],
+)
+def test_schedules_that_make_no_sense_are_refused(options, says):
+    with pytest.raises(ValueError, match=says):
+        Schedule(**options)

@@ -10,8 +10,27 @@ import pytest
 import torch
 
 import distill.losses
-from distill.losses import CPRD, KL, M3SE, Attention, Contrastive, MarginMSE
-from tests.losses.cases import draw
+from distill.losses import (
+    ADRMSE,
+    CPRD,
+    KL,
+    M3SE,
+    ApproxNDCG,
+    Attention,
+    Contrastive,
+    EmbeddingMatch,
+    Hinge,
+    LambdaRank,
+    ListMLE,
+    LogitMSE,
+    MarginMSE,
+    Pearson,
+    RankDistil,
+    RankNet,
+    SigLIP,
+    SoftmaxCE,
+)
+from tests.losses.batches import draw
 
 
 @pytest.mark.parametrize(
@@ -29,13 +48,33 @@ from tests.losses.cases import draw
         (lambda: CPRD(accept="fraction", fraction=1.5), r"fraction must be in \(0, 1\]"),
         (lambda: CPRD(positive="last"), "positive must be one of out, first"),
         (lambda: CPRD(normalise="max"), "normalise must be one of mean, sum"),
-        (lambda: MarginMSE(teacher_std="epoch"), "teacher_std must be one of batch, a positive number"),
+        (lambda: MarginMSE(teacher_std="epoch"), "teacher_std must be one of row, batch, a positive number"),
         (lambda: MarginMSE(teacher_std=-1.0), "teacher_std must be a positive number"),
         (lambda: MarginMSE(negatives="in_batch"), "negatives must be one of all, hardest"),
         (lambda: M3SE(teacher_std=0.0), "teacher_std must be a positive number"),
         (lambda: KL(teacher_temperature=0.0), "teacher_temperature must be a positive number"),
         (lambda: KL(zscore=True), "zscore .* give a number for temperature"),
         (lambda: KL(positive="out"), "positive must be one of keep, drop"),
+        (lambda: KL(zscore=True, temperature=2.0, teacher_std="row"), "leave teacher_std='row' out"),
+        (lambda: KL(teacher_std=0.0), "teacher_std must be a positive number"),
+        (lambda: MarginMSE(pairs="none"), "pairs must be one of labelled, all"),
+        (lambda: MarginMSE(over="cells"), "over must be one of rows, pairs"),
+        (lambda: SoftmaxCE(target="student"), "target must be one of teacher, labels"),
+        (lambda: Pearson(of="ranks"), "of must be one of scores, softmax"),
+        (lambda: LogitMSE(teacher_std="rows"), "teacher_std must be one of row, batch, a positive number"),
+        (lambda: ListMLE(normalise="max"), "normalise must be one of mean, sum"),
+        (lambda: RankDistil(samples=0), "samples must be at least 1, got 0"),
+        (lambda: RankDistil(top=0), "top must be at least 1, got 0"),
+        (lambda: RankNet(over="cells"), "over must be one of rows, pairs"),
+        (lambda: LambdaRank(gain="log"), "gain must be one of reciprocal, sigmoid, exponential"),
+        (lambda: ApproxNDCG(gain="log"), "gain must be one of reciprocal"),
+        (lambda: ADRMSE(discount="ln"), "discount must be one of log2, reciprocal, none"),
+        (lambda: ADRMSE(over="pairs"), "over must be one of rows, cells"),
+        (lambda: SigLIP(negatives="queue"), "negatives must be one of in_batch, all"),
+        (lambda: Hinge(margin=0.0), "margin must be a positive number"),
+        (lambda: Hinge(reduction="none"), "reduction must be one of mean, sum"),
+        (lambda: EmbeddingMatch(distance="dot"), "distance must be one of cosine, mse, l2"),
+        (lambda: EmbeddingMatch(sides="text"), "sides must be one of both, images, texts"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(make, says):

@@ -169,6 +169,21 @@ def test_an_image_is_encoded_once_and_its_keys_once_a_layer():
     assert seen == {"tower": 3, "keys": 3 * 3}  # images; images x layers, for 15 pairs
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_cast_once_and_scores_alike(tmp_path, dtype):
+    whole = blip()
+    whole.save_pretrained(tmp_path)
+    half = BlipTeacher.from_pretrained(tmp_path, dtype=dtype)
+    assert {p.dtype for name, p in half.named_parameters() if name != "logit_scale"} == {dtype}
+    assert half.identity != whole.identity
+    with torch.no_grad():
+        got = half.score(*memories(half), *every_pair())
+        expected = whole.score(*memories(whole), *every_pair())
+    assert got.dtype == torch.float32
+    assert (got - expected).abs().max() < 0.1 * expected.std()
+    assert not torch.equal(got, expected)
+
+
 def test_memory_is_taken_back_as_it_is():
     teacher = blip()
     images, texts = memories(teacher)

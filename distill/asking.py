@@ -1,0 +1,90 @@
+"""What a round asks of the teacher: the scores and maps of its pairs, and a line that says how many were new."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from distill.batches import PairScores
+from distill.maps import PairMaps, write_maps
+from distill.protocols import Candidates, Direction, Ids
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from distill.experiment import Experiment
+    from distill.losses.combine import Weighted
+    from distill.pipeline import Stretch
+
+log = logging.getLogger(__name__)
+
+
+def scores_of(x: Experiment, pairs: Any, mined: Mapping[Direction, Candidates]) -> PairScores:
+    """The teacher's scores of the labelled pairs and of every candidate; asks only for what the store lacks."""
+    image_ids, text_ids = _wanted(pairs, mined)
+    return PairScores.of(image_ids, text_ids, x.ask(image_ids, text_ids), x.corpus.n_texts)
+
+
+def _wanted(pairs: Any, mined: Mapping[Direction, Candidates]) -> tuple[Ids, Ids]:
+    """Image ids and text ids of the labelled pairs and of every candidate; a pair may come more than once."""
+    images, texts = [pairs[:, 0]], [pairs[:, 1]]
+    for found in mined.values():
+        image_ids, text_ids = found.pairs()
+        images.append(image_ids)
+        texts.append(text_ids)
+    return np.concatenate(images), np.concatenate(texts)
+
+
+def note_what_is_asked(
+    x: Experiment, pairs: Any, mined: Mapping[Direction, Candidates], stretch: Stretch, metrics: Path
+) -> None:
+    """One line in the metrics: how many distinct pairs the round asks the teacher, and how many the store serves."""
+    if metrics.exists() and f'"round": {stretch.number}, "teacher/' in metrics.read_text(encoding="utf-8"):
+        return  # the round was begun before, and asked then
+    image_ids, text_ids = _wanted(pairs, mined)
+    image_ids, text_ids = np.divmod(np.unique(image_ids * x.corpus.n_texts + text_ids), x.corpus.n_texts)
+    asked = int(np.isnan(x.scorer.lookup(image_ids, text_ids)).sum())
+    line = {
+        "step": stretch.start,
+        "round": stretch.number,
+        "teacher/asked": asked,
+        "teacher/served_from_store": len(image_ids) - asked,
+    }
+    metrics.parent.mkdir(parents=True, exist_ok=True)
+    with metrics.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def warn_of_odd_scores(
+    x: Experiment, known: PairScores, mined: Mapping[Direction, Candidates], losses: Weighted
+) -> None:
+    """Log what is odd about the scores that are about to be trained on; refuse those that are not finite."""
+    from distill.losses import check_teacher_scores
+
+    for direction, found in mined.items():
+        offsets, items = x.corpus.matches.of(direction, found.query_ids)
+        lists = np.concatenate([items[offsets[:-1], None], found.item_ids], axis=1)  # (B, 1 + K), a match first
+        queries = found.query_ids[:, None]
+        scores = known.lookup(queries, lists) if direction == "i2t" else known.lookup(lists, queries)
+        positive = np.zeros(scores.shape, np.bool_)
+        positive[:, 0] = True
+        parts = {part.name: part.loss for part in losses.parts}
+        for warning in check_teacher_scores(scores, ~np.isnan(scores), positive, losses=parts):
+            log.warning("teacher scores, %s: %s", direction, warning)
+
+
+def pair_maps(x: Experiment, pairs: Any) -> PairMaps:
+    """The teacher's text→image attention on the labelled pairs, computed once and kept."""
+    return write_maps(
+        x.cache / "maps",
+        x.teacher,
+        pairs,
+        images=x.source(x.teacher, "image"),
+        texts=x.source(x.teacher, "text"),
+        corpus=x.corpus,
+        device=x.accelerator.device,
+    )

@@ -1,0 +1,62 @@
+"""What the schema of every loss shares: its weight, how the weight changes, and what is written of its options."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from distill.recipe.basics import Positive, Share, Strict
+
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+TeacherStd = Positive | Literal["row", "batch"]
+Gain = Literal["reciprocal", "sigmoid", "exponential"]
+
+
+class ScheduleRecipe(Strict):
+    """Factor of a part's weight over the training: from ``first`` to ``last`` between two shares of its steps."""
+
+    shape: Literal["constant", "linear", "cosine"] = "linear"
+    first: Weight = 0.0
+    last: Weight = 1.0
+    begin: Share = Field(default=0.0, description="share of all steps (shared ones too) at which it starts")
+    end: Share = Field(default=1.0, description="share of all steps at which it has changed")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> ScheduleRecipe:
+        if self.begin > self.end:
+            raise ValueError(f"begin ({self.begin}) must not come after end ({self.end})")
+        return self
+
+
+class LossBase(Strict):
+    """One part of an arm's loss.
+
+    Attributes:
+        later: options that came after runs had been made. They are written only where they are set, so that what such a
+            run trained keeps its meaning.
+    """
+
+    later: ClassVar[frozenset[str]] = frozenset({"schedule", "convention"})
+
+    weight: Weight = 1.0
+    schedule: ScheduleRecipe | None = Field(default=None, description="how the weight changes over the training")
+
+    @property
+    def reads_scores(self) -> bool:
+        """Whether the loss reads the teacher's scores."""
+        return True
+
+    def given(self) -> dict[str, Any]:
+        """Options to be passed to the loss."""
+        return self.model_dump(exclude={"name", "weight", "schedule"})
+
+    @model_serializer(mode="wrap")
+    def _settings(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = handler(self)
+        fields = type(self).model_fields
+        return {
+            name: value
+            for name, value in written.items()
+            if name not in self.later or getattr(self, name) != fields[name].default
+        }

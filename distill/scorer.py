@@ -1,0 +1,105 @@
+"""What says how well pairs match: one teacher beside its store here, several of them together in ``ensemble``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import torch
+
+    from distill.protocols import Ids, Inputs, ScoreKind, Side
+    from distill.score import ScoreOptions
+    from distill.store import ScoreStore
+
+Scores: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
+Vectors: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
+
+
+class Scorer(Protocol):
+    """Gives raw scores of pairs of corpus rows, and never computes one twice."""
+
+    @property
+    def identity(self) -> str:
+        """Changes when a score could."""
+
+    @property
+    def score_kind(self) -> ScoreKind: ...
+
+    @property
+    def where(self) -> str:
+        """The folders that hold the scores, for people."""
+
+    def ask(self, image_ids: Ids, text_ids: Ids) -> Scores:
+        """Scores (P,) of the pairs (image_ids[p], text_ids[p]); computes those that are not kept."""
+
+    def lookup(self, image_ids: Ids, text_ids: Ids) -> Scores:
+        """Kept scores in the shape both ids broadcast to; NaN where there is none or an id is -1."""
+
+    def vectors(self, rows: Mapping[Side, Ids]) -> dict[Side, Vectors]:
+        """Unit vectors (N, D) of corpus rows by the contrastive head, for a shortlist.
+
+        Raises:
+            NoContrastiveHeadError: there is none.
+        """
+
+
+@dataclass(frozen=True)
+class TeacherScorer:
+    """One teacher, in memory, and the store of its scores. Satisfies ``Scorer``."""
+
+    teacher: Any  # a Teacher, frozen, on its device
+    store: ScoreStore
+    source: Callable[[Side], Callable[[Ids], Inputs]]  # of the teacher's inputs
+    options: ScoreOptions
+    batch_size: int  # of embedding
+    device: torch.device
+
+    @property
+    def identity(self) -> str:
+        """The teacher's."""
+        return self.store.origin.teacher_identity
+
+    @property
+    def score_kind(self) -> ScoreKind:
+        """The teacher's."""
+        return self.store.origin.score_kind
+
+    @property
+    def where(self) -> str:
+        """The store's folder."""
+        return str(self.store.folder)
+
+    def ask(self, image_ids: Ids, text_ids: Ids) -> Scores:
+        """Scores (P,); only what the store lacks is computed."""
+        from distill.score import score_pairs
+
+        score_pairs(
+            self.teacher,
+            self.store,
+            image_ids,
+            text_ids,
+            image_source=self.source("image"),
+            text_source=self.source("text"),
+            options=self.options,
+        )
+        return self.store.require(image_ids, text_ids)
+
+    def lookup(self, image_ids: Ids, text_ids: Ids) -> Scores:
+        """Scores that the store holds."""
+        return self.store.lookup(image_ids, text_ids)
+
+    def vectors(self, rows: Mapping[Side, Ids]) -> dict[Side, Vectors]:
+        """Of the teacher's own contrastive head."""
+        from distill.embed import embed_with_teacher
+
+        return {
+            side: embed_with_teacher(
+                self.teacher, self.source(side), of_side, side, batch_size=self.batch_size, device=self.device
+            )
+            for side, of_side in rows.items()
+        }

@@ -1,0 +1,256 @@
+"""A teacher that compares fragments: the grid cells of an image with the words of a text, by stacked cross attention.
+
+After Lee et al., ECCV 2018 (SCAN), over any vision backbone that gives a grid and any BERT-like text encoder. Neither
+side reads the other before its fragments are done, so both are encoded once, and a pair costs a few thousand numbers.
+
+Shape key: ``N`` images, ``M`` texts, ``P`` pairs, ``G`` grid cells, ``L`` words, ``F`` width of a fragment, ``D`` width
+of the contrastive head.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from distill.protocols import Image, Inputs, Memory, ScoreKind, Side, fingerprint, weights_fingerprint
+from teachers import backbones, itm
+from teachers.fragment_options import FragmentDesign, FragmentOptions
+from teachers.fragment_pairs import all_pairs, given_pairs
+from teachers.fragment_words import WordSide
+from teachers.fusion_options import FusionDesign
+from teachers.fusion_sides import ImageSide
+from teachers.identity import image_inputs_identity, text_inputs_identity
+from teachers.processing import image_processor_from, pixel_values, token_ids, tokenizer_from
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
+
+SCORING_VERSION = 1  # part of every identity; raise it when the same weights would give other scores
+FILE = "fragment_teacher.json"
+WEIGHTS = "fragment_teacher.safetensors"
+
+
+class FragmentTeacher(nn.Module):
+    """A ``Teacher`` that ``distill teach`` trains by contrast, and whose frozen backbones' outputs can be kept on disk.
+
+    Image memory: ``cells`` (N, G, F) unit vectors, ``embedding`` (N, D). Text memory: ``words`` (M, L, F) unit vectors,
+    ``word_mask`` (M, L) bool, ``embedding`` (M, D).
+    """
+
+    def __init__(
+        self,
+        vision: PreTrainedModel,
+        text: PreTrainedModel,
+        image_processor: BaseImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        design: FragmentDesign | None = None,
+        options: FragmentOptions | None = None,
+    ) -> None:
+        """Join two backbones; the new parts start from torch's global generator. ValueError where they do not fit."""
+        super().__init__()
+        self.design, self.options = design or FragmentDesign(), options or FragmentOptions()
+        self.text = WordSide(text, tokenizer, self.design, self.options)
+        self.image = ImageSide(vision, image_processor, _image_design(self.design), width=self.design.fragment_dim)
+        self.cell_dropout = nn.Dropout(self.design.image_input_dropout)
+        self.to(text.dtype)
+        self.logit_scale = nn.Parameter(itm.first_log_scale())  # both stay float32
+        self.log_pair_scale = nn.Parameter(itm.first_log_scale())
+        self._fixed_identity: str | None = None
+        self.eval()
+
+    @classmethod
+    def from_backbones(
+        cls,
+        vision: str | Path,
+        text: str | Path,
+        *,
+        design: FragmentDesign | None = None,
+        options: FragmentOptions | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> FragmentTeacher:
+        """Start from two checkpoints (hub names or folders) with their image processor and tokenizer; in eval mode."""
+        return cls(
+            backbones.load_vision(vision, dtype),
+            backbones.load_text(text, dtype),
+            image_processor_from(str(vision)),
+            tokenizer_from(str(text)),
+            design,
+            options,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, options: FragmentOptions | None = None, dtype: torch.dtype = torch.float32
+    ) -> FragmentTeacher:
+        """Load what ``save_pretrained`` wrote, with its own options unless others are given; in eval mode."""
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        if not (folder / FILE).is_file():
+            raise FileNotFoundError(
+                f"{folder} has no {FILE}: expected a folder that FragmentTeacher.save_pretrained wrote"
+            )
+        saved = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        teacher = cls(
+            backbones.from_config_state(saved["vision"], dtype),
+            backbones.from_config_state(saved["text"], dtype),
+            image_processor_from(str(folder)),
+            tokenizer_from(str(folder)),
+            FragmentDesign.from_json(saved["design"]),
+            options or FragmentOptions(**saved["options"]),
+        )
+        teacher.load_state_dict(load_file(folder / WEIGHTS))
+        return teacher
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write weights, both backbones' configurations, image processor and tokenizer: all that loading needs."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.image.processor.save_pretrained(folder)
+        self.text.tokenizer.save_pretrained(folder)
+        saved = {
+            "vision": backbones.config_to_save(self.image.backbone.config),
+            "text": backbones.config_to_save(self.text.encoder.config),
+            "design": asdict(self.design),
+            "options": asdict(self.options),
+        }
+        (folder / FILE).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+        save_file({name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}, folder / WEIGHTS)
+
+    def train(self, mode: bool = True) -> FragmentTeacher:
+        """Set training mode; frozen parts stay in eval mode, and a fixed identity is forgotten."""
+        super().train(mode)
+        if mode:
+            self._fixed_identity = None
+        return self
+
+    def pretrained_parameters(self) -> Iterator[nn.Parameter]:
+        """Weights that train and came from a checkpoint: they usually want a smaller learning rate than new ones."""
+        for module in (self.image.backbone, self.text.encoder):
+            yield from (parameter for parameter in module.parameters() if parameter.requires_grad)
+
+    @property
+    def identity(self) -> str:
+        """Computed from every weight at each call, or as ``fix_identity`` left it."""
+        return self._fixed_identity or self._identity_now()
+
+    def fix_identity(self) -> str:
+        """Compute the identity once and keep it until the next ``train()``: for weights that no longer change."""
+        self._fixed_identity = self._identity_now()
+        return self._fixed_identity
+
+    def _identity_now(self) -> str:
+        weights = {name: tensor for name, tensor in self.state_dict().items() if name != "logit_scale"}
+        return fingerprint(
+            {"teacher": "fragment", "version": SCORING_VERSION, "score_kind": self.score_kind},
+            {"cosine_weight": self.options.cosine_weight, "special_words": self.design.special_words},
+            asdict(self.design.scan),
+            weights_fingerprint(weights.items()),
+            *self.image.states(),
+            *self.text.states(),
+        )
+
+    @property
+    def score_kind(self) -> ScoreKind:
+        """What ``score`` returns."""
+        return self.options.score_kind
+
+    @property
+    def scale(self) -> Tensor:
+        """() learned scale of the contrastive head, within 2 .. 1000."""
+        return itm.scale_of(self.logit_scale)
+
+    @property
+    def pair_scale(self) -> Tensor:
+        """() learned scale of the fragments' similarity, within 2 .. 1000."""
+        return itm.scale_of(self.log_pair_scale)
+
+    def prepare_images(self, images: Sequence[Image]) -> Inputs:
+        """{"pixel_values": (N, 3, height, width)}."""
+        return pixel_values(self.image.processor, images)
+
+    def prepare_texts(self, texts: Sequence[str]) -> Inputs:
+        """{"input_ids", "attention_mask"}: (M, T), special tokens included."""
+        return token_ids(self.text.tokenizer, texts, prompt="", max_length=self.options.max_text_length)
+
+    def prepare_identity(self, side: Side) -> str:
+        """Fingerprint of what ``prepare_images`` or ``prepare_texts`` makes of an item."""
+        if side == "image":
+            return image_inputs_identity(self.image.processor)
+        return text_inputs_identity(self.text.tokenizer, "", self.options.max_text_length)
+
+    def frozen_identity(self, side: Side) -> str | None:
+        """Fingerprint of a side's frozen backbone and its preprocessing; None where it trains.
+
+        The image side's outputs are a fusion teacher's of the same backbone, so that what one kept the other reads.
+        """
+        return self.image.frozen_identity() if side == "image" else self.text.frozen_identity()
+
+    def freeze(self, side: Side, inputs: Inputs) -> Inputs:
+        """Outputs of a side's frozen backbone for prepared inputs; ValueError where it trains.
+
+        Image: ``grid`` (N, G, C) and, where the backbone has class or register tokens, ``others`` (N, R, C). Text:
+        ``hidden`` (M, T, H), ``input_ids`` and ``attention_mask`` (M, T).
+        """
+        chosen: ImageSide | WordSide = self.image if side == "image" else self.text
+        if not chosen.frozen:
+            raise ValueError(f"the {side} backbone is not frozen; see freeze_vision and freeze_text")
+        with torch.no_grad():
+            return chosen.freeze(inputs)
+
+    def embed(self, side: Side, inputs: Inputs) -> Tensor:
+        """Vectors (N, D) of the contrastive head alone, without the fragments that only pairs need."""
+        if side == "image":
+            vectors: Tensor = self.image.head(self.image.features(inputs))
+            return vectors
+        return self.text.embed(inputs)
+
+    def encode_images(self, inputs: Inputs) -> Memory:
+        """{"cells": (N, G, F), "embedding": (N, D)} of prepared images or frozen outputs."""
+        features = self.image.features(inputs)
+        cells = self.image.tokens(self.cell_dropout(features))[:, self.image.shape.others :]
+        return {"cells": nn.functional.normalize(cells.float(), dim=-1), "embedding": self.image.head(features)}
+
+    def encode_texts(self, inputs: Inputs) -> Memory:
+        """{"words": (M, L, F), "word_mask": (M, L), "embedding": (M, D)} of prepared texts or frozen outputs."""
+        words, real, embedding = self.text(inputs)
+        return {"words": words, "word_mask": real, "embedding": embedding}
+
+    def score(self, images: Memory, texts: Memory, image_rows: Tensor, text_rows: Tensor) -> Tensor:
+        """Raw scores (P,) float32 of ``score_kind``."""
+        itm.check_rows(images, texts, image_rows, text_rows)
+        score = torch.zeros(len(image_rows), device=self.logit_scale.device)
+        if not len(image_rows):
+            return score
+        if self.score_kind != "cosine":
+            found = given_pairs(
+                images, texts, (image_rows, text_rows), self.design.scan, pairs_per_chunk=self.options.pairs_per_chunk
+            )
+            score = score + self.pair_scale * found.to(score.device)
+        if "cosine" in self.score_kind:
+            weight = self.options.cosine_weight if self.score_kind == "logit+cosine" else 1.0
+            score = score + weight * itm.pair_cosine(images, texts, image_rows, text_rows).to(score.device)
+        return score
+
+    def pair_matrix(self, images: Memory, texts: Memory) -> Tensor:
+        """Similarities (N, M) of every image with every text, before any scale, with gradient."""
+        return all_pairs(images, texts, self.design.scan, pairs_per_chunk=self.options.pairs_per_chunk)
+
+
+def _image_design(design: FragmentDesign) -> FusionDesign:
+    """The image side is a fusion teacher's: backbone, cells with a learned place, contrastive head."""
+    return FusionDesign(
+        freeze_vision=design.freeze_vision,
+        embed_dim=design.embed_dim,
+        dropout=design.dropout,
+        image_input_dropout=design.image_input_dropout,
+    )
