@@ -59,15 +59,13 @@ def note_what_is_asked(
         file.write(json.dumps(line) + "\n")
 
 
-def warn_of_odd_scores(
-    x: Experiment, known: PairScores, mined: Mapping[Direction, Candidates], losses: Weighted
-) -> None:
+def warn_of_odd_scores(pairs: Any, known: PairScores, mined: Mapping[Direction, Candidates], losses: Weighted) -> None:
     """Log what is odd about the scores that are about to be trained on; refuse those that are not finite."""
     from distill.losses import check_teacher_scores
 
     for direction, found in mined.items():
-        offsets, items = x.corpus.matches.of(direction, found.query_ids)
-        lists = np.concatenate([items[offsets[:-1], None], found.item_ids], axis=1)  # (B, 1 + K), a match first
+        own = labelled_match(pairs, direction, found.query_ids)  # (B,)
+        lists = np.concatenate([own[:, None], found.item_ids], axis=1)  # (B, 1 + K)
         queries = found.query_ids[:, None]
         scores = known.lookup(queries, lists) if direction == "i2t" else known.lookup(lists, queries)
         positive = np.zeros(scores.shape, np.bool_)
@@ -75,6 +73,17 @@ def warn_of_odd_scores(
         parts = {part.name: part.loss for part in losses.parts}
         for warning in check_teacher_scores(scores, ~np.isnan(scores), positive, losses=parts):
             log.warning("teacher scores, %s: %s", direction, warning)
+
+
+def labelled_match(pairs: Any, direction: Direction, query_ids: Ids) -> Ids:
+    """The first item (B,) that each query is labelled with in ``pairs`` (P, 2); every query must be in one.
+
+    Not any match: items that match by being copies of a labelled one need not have been scored.
+    """
+    queries, items = (pairs[:, 0], pairs[:, 1]) if direction == "i2t" else (pairs[:, 1], pairs[:, 0])
+    order = np.argsort(queries, kind="stable")
+    first: Ids = items[order[np.searchsorted(queries[order], query_ids)]]
+    return first
 
 
 def pair_maps(x: Experiment, pairs: Any) -> PairMaps:

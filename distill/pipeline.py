@@ -180,7 +180,7 @@ def _phase(
     if scores:
         note_what_is_asked(x, pairs, mined, stretch, folder / "metrics.jsonl")
         known = scores_of(x, pairs, mined)
-        warn_of_odd_scores(x, known, mined, losses)
+        warn_of_odd_scores(pairs, known, mined, losses)
     per_query, seed = x.recipe.train.candidates_per_query, x.recipe.seed
     wants_maps = "student_attention" in losses.needs
     batches = Batches(

@@ -111,8 +111,9 @@ def _tie_warnings(teacher: Tensor, asked: Tensor) -> list[str]:
     pairs, equal = int((both & rest).sum()), int((same & rest).sum())
     if pairs and equal > TIED * pairs:
         found.append(
-            f"{_share(equal, pairs)} neighbours in the teacher's order of a row have one score: were they rounded? "
-            "Score in float32, or choose a loss that matches magnitudes (kl, margin_mse) rather than the order"
+            f"{_share(equal, pairs)} neighbours in the teacher's order of a row have one score: the same item "
+            "under several ids, or were they rounded? If rounded, score in float32, or choose a loss that matches "
+            "magnitudes (kl, margin_mse) rather than the order"
         )
     return found
 
