@@ -65,12 +65,12 @@ class Teacher(Protocol):
 class TeachableTeacher(Teacher, Protocol):
     """A teacher that ``distill teach`` can train: an nn.Module with a contrastive (ITC) and a matching (ITM) head.
 
-    While gradients are enabled ``encode_images`` and ``encode_texts`` must give ``embedding`` (N, D) unit vectors. Where
-    these cost a pass of their own, leave them out of the memory otherwise and have a method ``embed(side, inputs)``
-    give them (N, D): a shortlist then costs no more than it needs. ``pair_logits`` gives the log-odds of a match with
-    gradient, whatever ``score_kind`` says, so that its logistic loss equals the two-way cross-entropy of the ITM head.
-    ``pretrained_parameters()``, where there is one, yields what started from a checkpoint: it may be taught at a rate
-    of its own.
+    While gradients are enabled, ``encode_images`` and ``encode_texts`` must give unit vectors ``embedding`` (N, D).
+    Where these cost a pass of their own, leave them out of the memory otherwise and have a method ``embed(side,
+    inputs)`` give them: a shortlist then costs no more than it needs. ``pair_logits`` gives the log-odds of a match
+    with gradient, whatever ``score_kind`` says, so that its logistic loss equals the two-way cross-entropy of the ITM
+    head. ``pretrained_parameters()``, where there is one, yields what started from a checkpoint: it may be taught at a
+    rate of its own.
     """
 
     @property
