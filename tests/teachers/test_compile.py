@@ -11,6 +11,7 @@ from tests.teachers.tiny_teachers import blip, every_pair, fusion, memories
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),  # of torch's own compiler, on its import
     pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler: no c++ on PATH"),
 ]
 
