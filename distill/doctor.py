@@ -8,7 +8,7 @@ import platform
 import shutil
 from dataclasses import dataclass
 
-# Version floors that are more than taste: older ones load files unsafely (see docs/security notes in CONTRIBUTING.md).
+# Version floors that are more than taste: older ones load weights or configurations unsafely.
 FLOORS = {
     "torch": (2, 10),
     "transformers": (5, 5),
