@@ -39,6 +39,7 @@ from teachers.crossattention import (
     keys_and_values,
     score_packed,
 )
+from teachers.identified import Identified
 from teachers.identity import (
     config_state,
     image_inputs_identity,
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 SCORING_VERSION = 1  # part of every identity; raise it when the same weights would give other scores
 
 
-class BlipTeacher(nn.Module):
+class BlipTeacher(Identified):
     """A ``Teacher`` that can be taught and whose cross-attention can be read.
 
     Image memory: ``keys`` and ``values`` (N, F, T, H) of every cross-attention layer, ``embedding`` (N, D). Text
@@ -81,7 +82,6 @@ class BlipTeacher(nn.Module):
         self.enc_token_id = resolve_enc_token(self.options.enc_token, tokenizer, model.config.text_config.vocab_size)
         self.logit_scale = nn.Parameter(itm.first_log_scale())
         self._image_tower, self._feed_forward = layers.dense_blocks(compiled=self.options.compile)
-        self._fixed_identity: str | None = None
 
     @classmethod
     def from_pretrained(
@@ -159,16 +159,6 @@ class BlipTeacher(nn.Module):
         BlipProcessor(self.image_processor, self.tokenizer).save_pretrained(folder)
         save_beside(folder, self.options, self.logit_scale)
 
-    @property
-    def identity(self) -> str:
-        """Computed from every weight at each call, or as ``fix_identity`` left it."""
-        return self._fixed_identity or self._identity_now()
-
-    def fix_identity(self) -> str:
-        """Compute the identity once and keep it until the next ``train()``: for weights that no longer change."""
-        self._fixed_identity = self._identity_now()
-        return self._fixed_identity
-
     def _identity_now(self) -> str:
         options = asdict(self.options)
         del options["pairs_per_chunk"], options["compile"], options["enc_token"]
@@ -180,13 +170,6 @@ class BlipTeacher(nn.Module):
             image_processor_state(self.image_processor),
             tokenizer_state(self.tokenizer),
         )
-
-    def train(self, mode: bool = True) -> BlipTeacher:
-        """Set training mode; weights may change from here on, so a fixed identity is forgotten."""
-        super().train(mode)
-        if mode:
-            self._fixed_identity = None
-        return self
 
     @property
     def score_kind(self) -> ScoreKind:

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 from distill.protocols import Image, Inputs, Memory, ScoreKind, Side
 from teachers import itm
 from teachers.crossattention import Source, keys_and_values, plan_pairs
+from teachers.identified import Identified
 from teachers.identity import image_inputs_identity, text_inputs_identity
 from teachers.pairwise import attend, gathered, in_chunks, key_mask
 from teachers.pretrained import check_image_size, check_options, check_texts, identity_of, load_model
@@ -56,13 +56,15 @@ class Blip2Options:
         check_options(self, itm.ITM_SCORE_KINDS)
 
 
-class Blip2Teacher(nn.Module):
+class Blip2Teacher(Identified):
     """A ``Teacher``; it cannot be taught and stays in eval mode.
 
     Image memory, as far as the score kind reads it: ``keys`` and ``values`` (N, F, T, H), ``queries`` (N, Q, D)
     unit vectors. Text memory: ``states`` (N, L, H), ``attention_mask`` (N, L), ``vector`` (N, D). There is no
     ``embedding``: a maximum over queries is no cosine of one vector an image.
     """
+
+    trains = False
 
     def __init__(
         self,
@@ -76,7 +78,6 @@ class Blip2Teacher(nn.Module):
         self.options = options or Blip2Options()
         _check_fit(model.config, image_processor, tokenizer, self.options)
         self.model, self.image_processor, self.tokenizer = model, image_processor, tokenizer
-        self._fixed_identity: str | None = None
         self.requires_grad_(False).eval()
 
     @classmethod
@@ -103,25 +104,9 @@ class Blip2Teacher(nn.Module):
         processors = image_processor_from(name, revision=revision), tokenizer_from(name, revision=revision)
         return cls(model, *processors, options)
 
-    @property
-    def identity(self) -> str:
-        """Computed from every weight at each call, or as ``fix_identity`` left it."""
-        return self._fixed_identity or self._identity_now()
-
-    def fix_identity(self) -> str:
-        """Compute the identity once and keep it until the next ``train()``."""
-        self._fixed_identity = self._identity_now()
-        return self._fixed_identity
-
     def _identity_now(self) -> str:
         kind = {"teacher": "blip2", "version": SCORING_VERSION}
         return identity_of(kind, asdict(self.options), self.model, self.image_processor, self.tokenizer)
-
-    def train(self, mode: bool = True) -> Blip2Teacher:
-        """Stay in eval mode; ``mode`` True forgets a fixed identity."""
-        if mode:
-            self._fixed_identity = None
-        return super().train(False)
 
     @property
     def score_kind(self) -> ScoreKind:

@@ -21,6 +21,7 @@ from torch import nn
 
 from distill.protocols import Image, Inputs, Memory, ScoreKind, Side
 from teachers import itm
+from teachers.identified import Identified
 from teachers.identity import image_inputs_identity, text_inputs_identity
 from teachers.pairwise import attend, by_length, gathered, in_chunks, key_mask
 from teachers.pretrained import check_image_size, check_options, check_texts, identity_of, load_model
@@ -53,12 +54,14 @@ class BridgeTowerOptions:
         check_options(self, ("log_odds", "logit"))
 
 
-class BridgeTowerTeacher(nn.Module):
+class BridgeTowerTeacher(Identified):
     """A ``Teacher``; it cannot be taught and stays in eval mode.
 
     Image memory: ``states`` (N, F, T, H), what each cross-modal layer takes from the image tower. Text memory:
     ``states`` (N, L, F, H), the same of the text tower, ``attention_mask`` (N, L).
     """
+
+    trains = False
 
     def __init__(
         self,
@@ -79,7 +82,6 @@ class BridgeTowerTeacher(nn.Module):
             positions=text.max_position_embeddings - text.pad_token_id - 1,  # they begin after the padding id
         )
         self.model, self.image_processor, self.tokenizer = model, image_processor, tokenizer
-        self._fixed_identity: str | None = None
         self.requires_grad_(False).eval()
 
     @classmethod
@@ -104,25 +106,9 @@ class BridgeTowerTeacher(nn.Module):
         processors = image_processor_from(name, revision=revision), tokenizer_from(name, revision=revision)
         return cls(model, *processors, options)
 
-    @property
-    def identity(self) -> str:
-        """Computed from every weight at each call, or as ``fix_identity`` left it."""
-        return self._fixed_identity or self._identity_now()
-
-    def fix_identity(self) -> str:
-        """Compute the identity once and keep it until the next ``train()``."""
-        self._fixed_identity = self._identity_now()
-        return self._fixed_identity
-
     def _identity_now(self) -> str:
         kind = {"teacher": "bridgetower", "version": SCORING_VERSION}
         return identity_of(kind, asdict(self.options), self.model, self.image_processor, self.tokenizer)
-
-    def train(self, mode: bool = True) -> BridgeTowerTeacher:
-        """Stay in eval mode; ``mode`` True forgets a fixed identity."""
-        if mode:
-            self._fixed_identity = None
-        return super().train(False)
 
     @property
     def score_kind(self) -> ScoreKind:

@@ -18,6 +18,7 @@ from torch import nn
 
 from distill.protocols import Image, Inputs, Memory, ScoreKind, Side, fingerprint, weights_fingerprint
 from teachers import itm
+from teachers.identified import Identified
 from teachers.identity import config_state, image_processor_state, tokenizer_state
 from teachers.pairwise import by_length, in_chunks
 from teachers.pretrained import check_options, image_size_made, load_model
@@ -64,11 +65,13 @@ class ClassifierOptions:
             raise ValueError("image_inputs and text_inputs must name at least one input each")
 
 
-class PairClassifierTeacher(nn.Module):
+class PairClassifierTeacher(Identified):
     """A ``Teacher``; it cannot be taught and stays in eval mode.
 
     Both memories hold the prepared inputs as they are, on the model's device and in its precision.
     """
+
+    trains = False
 
     def __init__(
         self,
@@ -87,7 +90,6 @@ class PairClassifierTeacher(nn.Module):
         self.options, self.arguments = options or ClassifierOptions(), dict(arguments or {})
         image_size_made(image_processor)
         self.model, self.image_processor, self.tokenizer = model, image_processor, tokenizer
-        self._fixed_identity: str | None = None
         self.requires_grad_(False).eval()
 
     @classmethod
@@ -132,19 +134,6 @@ class PairClassifierTeacher(nn.Module):
         own = revision if processor is None else None
         return cls(model, image_processor_from(at, revision=own), tokenizer_from(at, revision=own), options, arguments)
 
-    @property
-    def identity(self) -> str:
-        """Computed from every weight at each call, or as ``fix_identity`` left it.
-
-        The file that defines the class is part of it: the same weights in another forward give other scores.
-        """
-        return self._fixed_identity or self._identity_now()
-
-    def fix_identity(self) -> str:
-        """Compute the identity once and keep it until the next ``train()``."""
-        self._fixed_identity = self._identity_now()
-        return self._fixed_identity
-
     def _identity_now(self) -> str:
         chosen = asdict(self.options)
         del chosen["pairs_per_chunk"]
@@ -158,12 +147,6 @@ class PairClassifierTeacher(nn.Module):
             image_processor_state(self.image_processor),
             tokenizer_state(self.tokenizer),
         )
-
-    def train(self, mode: bool = True) -> PairClassifierTeacher:
-        """Stay in eval mode; ``mode`` True forgets a fixed identity."""
-        if mode:
-            self._fixed_identity = None
-        return super().train(False)
 
     @property
     def score_kind(self) -> ScoreKind:

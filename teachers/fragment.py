@@ -9,7 +9,6 @@ of the contrastive head.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,25 +18,26 @@ import torch
 from torch import nn
 
 from distill.protocols import Image, Inputs, Memory, ScoreKind, Side, fingerprint, weights_fingerprint
-from teachers import backbones, itm
+from teachers import itm
 from teachers.fragment_options import FragmentDesign, FragmentOptions
 from teachers.fragment_pairs import all_pairs, given_pairs
 from teachers.fragment_words import WordSide
 from teachers.fusion_options import FusionDesign
 from teachers.fusion_sides import ImageSide
+from teachers.identified import Identified
 from teachers.identity import image_inputs_identity, text_inputs_identity
-from teachers.processing import image_processor_from, pixel_values, token_ids, tokenizer_from
+from teachers.joined_folder import Joined, from_checkpoints, read_joined, write_joined
+from teachers.processing import pixel_values, token_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 SCORING_VERSION = 1  # part of every identity; raise it when the same weights would give other scores
-FILE = "fragment_teacher.json"
-WEIGHTS = "fragment_teacher.safetensors"
+KIND = "fragment_teacher"
 
 
-class FragmentTeacher(nn.Module):
+class FragmentTeacher(Identified):
     """A ``Teacher`` that ``distill teach`` trains by contrast, and whose frozen backbones' outputs can be kept on disk.
 
     Image memory: ``cells`` (N, G, F) unit vectors, ``embedding`` (N, D). Text memory: ``words`` (M, L, F) unit vectors,
@@ -62,7 +62,6 @@ class FragmentTeacher(nn.Module):
         self.to(text.dtype)
         self.logit_scale = nn.Parameter(itm.first_log_scale())  # both stay float32
         self.log_pair_scale = nn.Parameter(itm.first_log_scale())
-        self._fixed_identity: str | None = None
         self.eval()
 
     @classmethod
@@ -76,77 +75,37 @@ class FragmentTeacher(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> FragmentTeacher:
         """Start from two checkpoints (hub names or folders) with their image processor and tokenizer; in eval mode."""
-        return cls(
-            backbones.load_vision(vision, dtype),
-            backbones.load_text(text, dtype),
-            image_processor_from(str(vision)),
-            tokenizer_from(str(text)),
-            design,
-            options,
-        )
+        parts = from_checkpoints(vision, text, dtype)
+        return cls(parts.vision, parts.text, parts.image_processor, parts.tokenizer, design, options)
 
     @classmethod
     def from_pretrained(
         cls, folder: str | Path, *, options: FragmentOptions | None = None, dtype: torch.dtype = torch.float32
     ) -> FragmentTeacher:
         """Load what ``save_pretrained`` wrote, with its own options unless others are given; in eval mode."""
-        from safetensors.torch import load_file
-
-        folder = Path(folder)
-        if not (folder / FILE).is_file():
-            raise FileNotFoundError(
-                f"{folder} has no {FILE}: expected a folder that FragmentTeacher.save_pretrained wrote"
-            )
-        saved = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        saved = read_joined(folder, KIND, dtype)
+        parts = saved.parts
         teacher = cls(
-            backbones.from_config_state(saved["vision"], dtype),
-            backbones.from_config_state(saved["text"], dtype),
-            image_processor_from(str(folder)),
-            tokenizer_from(str(folder)),
-            FragmentDesign.from_json(saved["design"]),
-            options or FragmentOptions(**saved["options"]),
+            parts.vision,
+            parts.text,
+            parts.image_processor,
+            parts.tokenizer,
+            FragmentDesign.from_json(saved.design),
+            options or FragmentOptions(**saved.options),
         )
-        teacher.load_state_dict(load_file(folder / WEIGHTS))
+        teacher.load_state_dict(saved.weights)
         return teacher
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write weights, both backbones' configurations, image processor and tokenizer: all that loading needs."""
-        from safetensors.torch import save_file
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.image.processor.save_pretrained(folder)
-        self.text.tokenizer.save_pretrained(folder)
-        saved = {
-            "vision": backbones.config_to_save(self.image.backbone.config),
-            "text": backbones.config_to_save(self.text.encoder.config),
-            "design": asdict(self.design),
-            "options": asdict(self.options),
-        }
-        (folder / FILE).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
-        save_file({name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}, folder / WEIGHTS)
-
-    def train(self, mode: bool = True) -> FragmentTeacher:
-        """Set training mode; frozen parts stay in eval mode, and a fixed identity is forgotten."""
-        super().train(mode)
-        if mode:
-            self._fixed_identity = None
-        return self
+        parts = Joined(self.image.backbone, self.text.encoder, self.image.processor, self.text.tokenizer)
+        settings = {"design": asdict(self.design), "options": asdict(self.options)}
+        write_joined(folder, KIND, parts, **settings, weights=self.state_dict())
 
     def pretrained_parameters(self) -> Iterator[nn.Parameter]:
         """Weights that train and came from a checkpoint: they usually want a smaller learning rate than new ones."""
         for module in (self.image.backbone, self.text.encoder):
             yield from (parameter for parameter in module.parameters() if parameter.requires_grad)
-
-    @property
-    def identity(self) -> str:
-        """Computed from every weight at each call, or as ``fix_identity`` left it."""
-        return self._fixed_identity or self._identity_now()
-
-    def fix_identity(self) -> str:
-        """Compute the identity once and keep it until the next ``train()``: for weights that no longer change."""
-        self._fixed_identity = self._identity_now()
-        return self._fixed_identity
 
     def _identity_now(self) -> str:
         weights = {name: tensor for name, tensor in self.state_dict().items() if name != "logit_scale"}

@@ -9,7 +9,6 @@ tokens (class and register tokens, then ``G`` grid cells), ``H`` text width, ``D
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,24 +18,25 @@ import torch
 from torch import nn
 
 from distill.protocols import Image, Inputs, Memory, ScoreKind, Side, fingerprint, weights_fingerprint
-from teachers import backbones, itm, layers
+from teachers import itm, layers
 from teachers.crossattention import PackedPairs, attention_over_grid, keys_and_values, score_packed
 from teachers.fusion_options import FusionDesign, FusionOptions
 from teachers.fusion_parts import CrossAttention, MatchingHead
 from teachers.fusion_sides import ImageSide, TextSide
+from teachers.identified import Identified
 from teachers.identity import image_inputs_identity, text_inputs_identity
-from teachers.processing import image_processor_from, pixel_values, token_ids, tokenizer_from
+from teachers.joined_folder import Joined, from_checkpoints, read_joined, write_joined
+from teachers.processing import pixel_values, token_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 SCORING_VERSION = 1  # part of every identity; raise it when the same weights would give other scores
-FILE = "fusion_teacher.json"
-WEIGHTS = "fusion_teacher.safetensors"
+KIND = "fusion_teacher"
 
 
-class FusionTeacher(nn.Module):
+class FusionTeacher(Identified):
     """A ``Teacher`` that can be taught, whose cross-attention can be read and whose frozen parts can be kept on disk.
 
     Image memory: ``keys`` and ``values`` (N, F, T, H), ``embedding`` (N, D). Text memory: ``states`` (N, L, H) before
@@ -64,7 +64,6 @@ class FusionTeacher(nn.Module):
         self.to(text.dtype)
         self.logit_scale = nn.Parameter(itm.first_log_scale())  # stays float32: it has no business in half precision
         _, self._feed_forward = layers.dense_blocks(compiled=self.options.compile)
-        self._fixed_identity: str | None = None
         self.eval()
 
     @classmethod
@@ -78,77 +77,37 @@ class FusionTeacher(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> FusionTeacher:
         """Start from two checkpoints (hub names or folders) with their image processor and tokenizer; in eval mode."""
-        return cls(
-            backbones.load_vision(vision, dtype),
-            backbones.load_text(text, dtype),
-            image_processor_from(str(vision)),
-            tokenizer_from(str(text)),
-            design,
-            options,
-        )
+        parts = from_checkpoints(vision, text, dtype)
+        return cls(parts.vision, parts.text, parts.image_processor, parts.tokenizer, design, options)
 
     @classmethod
     def from_pretrained(
         cls, folder: str | Path, *, options: FusionOptions | None = None, dtype: torch.dtype = torch.float32
     ) -> FusionTeacher:
         """Load what ``save_pretrained`` wrote, with its own options unless others are given; in eval mode."""
-        from safetensors.torch import load_file
-
-        folder = Path(folder)
-        if not (folder / FILE).is_file():
-            raise FileNotFoundError(
-                f"{folder} has no {FILE}: expected a folder that FusionTeacher.save_pretrained wrote"
-            )
-        saved = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        saved = read_joined(folder, KIND, dtype)
+        parts = saved.parts
         teacher = cls(
-            backbones.from_config_state(saved["vision"], dtype),
-            backbones.from_config_state(saved["text"], dtype),
-            image_processor_from(str(folder)),
-            tokenizer_from(str(folder)),
-            FusionDesign(**saved["design"]),
-            options or FusionOptions(**saved["options"]),
+            parts.vision,
+            parts.text,
+            parts.image_processor,
+            parts.tokenizer,
+            FusionDesign(**saved.design),
+            options or FusionOptions(**saved.options),
         )
-        teacher.load_state_dict(load_file(folder / WEIGHTS))
+        teacher.load_state_dict(saved.weights)
         return teacher
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write weights, both backbones' configurations, image processor and tokenizer: all that loading needs."""
-        from safetensors.torch import save_file
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.image.processor.save_pretrained(folder)
-        self.text.tokenizer.save_pretrained(folder)
-        saved = {
-            "vision": backbones.config_to_save(self.image.backbone.config),
-            "text": backbones.config_to_save(self.text.encoder.config),
-            "design": asdict(self.design),
-            "options": asdict(self.options),
-        }
-        (folder / FILE).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
-        save_file({name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}, folder / WEIGHTS)
-
-    def train(self, mode: bool = True) -> FusionTeacher:
-        """Set training mode; frozen parts stay in eval mode, and a fixed identity is forgotten."""
-        super().train(mode)
-        if mode:
-            self._fixed_identity = None
-        return self
+        parts = Joined(self.image.backbone, self.text.encoder, self.image.processor, self.text.tokenizer)
+        settings = {"design": asdict(self.design), "options": asdict(self.options)}
+        write_joined(folder, KIND, parts, **settings, weights=self.state_dict())
 
     def pretrained_parameters(self) -> Iterator[nn.Parameter]:
         """Weights that train and came from a checkpoint: they usually want a smaller learning rate than new ones."""
         for module in (self.image.backbone, self.text.encoder):
             yield from (parameter for parameter in module.parameters() if parameter.requires_grad)
-
-    @property
-    def identity(self) -> str:
-        """Computed from every weight at each call, or as ``fix_identity`` left it."""
-        return self._fixed_identity or self._identity_now()
-
-    def fix_identity(self) -> str:
-        """Compute the identity once and keep it until the next ``train()``: for weights that no longer change."""
-        self._fixed_identity = self._identity_now()
-        return self._fixed_identity
 
     def _identity_now(self) -> str:
         weights = {name: tensor for name, tensor in self.state_dict().items() if name != "logit_scale"}

@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from distill.protocols import Image, Inputs, Memory, ScoreKind, Side, fingerprint
 from teachers import itm
+from teachers.identified import Identified
 from teachers.identity import image_inputs_identity, text_inputs_identity
 from teachers.pairwise import attend, by_length, gathered, in_chunks, key_mask
 from teachers.pretrained import check_options, check_texts, identity_of, load_model
@@ -57,12 +58,14 @@ class ViltOptions:
         check_options(self, ("logit",))
 
 
-class ViltTeacher(nn.Module):
+class ViltTeacher(Identified):
     """A ``Teacher``; it cannot be taught and stays in eval mode.
 
     Image memory: ``states`` (N, 1 + S, H) of the class token and the patches, ``states_mask`` (N, 1 + S). Text memory:
     ``states`` (N, L, H), ``attention_mask`` (N, L).
     """
+
+    trains = False
 
     def __init__(
         self,
@@ -82,7 +85,6 @@ class ViltTeacher(nn.Module):
             positions=config.max_position_embeddings,
         )
         self.model, self.image_processor, self.tokenizer = model, image_processor, tokenizer
-        self._fixed_identity: str | None = None
         self.requires_grad_(False).eval()
 
     @classmethod
@@ -107,25 +109,9 @@ class ViltTeacher(nn.Module):
         processors = image_processor_from(name, revision=revision), tokenizer_from(name, revision=revision)
         return cls(model, *processors, options)
 
-    @property
-    def identity(self) -> str:
-        """Computed from every weight at each call, or as ``fix_identity`` left it."""
-        return self._fixed_identity or self._identity_now()
-
-    def fix_identity(self) -> str:
-        """Compute the identity once and keep it until the next ``train()``."""
-        self._fixed_identity = self._identity_now()
-        return self._fixed_identity
-
     def _identity_now(self) -> str:
         kind = {"teacher": "vilt", "version": [SCORING_VERSION, PATCHING_VERSION]}
         return identity_of(kind, asdict(self.options), self.model, self.image_processor, self.tokenizer)
-
-    def train(self, mode: bool = True) -> ViltTeacher:
-        """Stay in eval mode; ``mode`` True forgets a fixed identity."""
-        if mode:
-            self._fixed_identity = None
-        return super().train(False)
 
     @property
     def score_kind(self) -> ScoreKind:
