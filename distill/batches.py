@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -23,19 +23,35 @@ Mask: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 @dataclass(frozen=True)
+class Asked:
+    """Pairs in the order of their query ids, then of their item ids."""
+
+    queries: Ids  # (P,)
+    items: Ids  # (P,)
+    scores: Scores  # (P,)
+
+
+@dataclass(frozen=True)
 class PairScores:
     """The teacher's scores of one round's pairs and of no others, so that a step never depends on older runs."""
 
     keys: Ids  # (P,) image id * n_texts + text id, sorted
     scores: Scores  # (P,)
     n_texts: int
-    by_text: Ids  # (P,) places of the keys in the order of text, then image
+    by_query: Mapping[Direction, Asked]  # the same pairs, sorted by query; read at every step
 
     @classmethod
     def of(cls, image_ids: Ids, text_ids: Ids, scores: Scores, n_texts: int) -> PairScores:
         """From pairs in any order; a pair given twice counts once."""
         keys, first = np.unique(image_ids * n_texts + text_ids, return_index=True)
-        return cls(keys, scores[first].astype(np.float32), n_texts, np.argsort(keys % n_texts, kind="stable"))
+        scores = scores[first].astype(np.float32)
+        images, texts = np.divmod(keys, n_texts)
+        by_text = np.argsort(texts, kind="stable")
+        by_query: dict[Direction, Asked] = {
+            "i2t": Asked(images, texts, scores),
+            "t2i": Asked(texts[by_text], images[by_text], scores[by_text]),
+        }
+        return cls(keys, scores, n_texts, by_query)
 
     def lookup(self, image_ids: Ids, text_ids: Ids) -> Scores:
         """Scores in the shape both ids broadcast to; NaN where the teacher was not asked or an id is -1."""
@@ -45,12 +61,10 @@ class PairScores:
 
     def of_queries(self, direction: Direction, query_ids: Ids) -> tuple[Ids, Ids, Scores]:
         """What was asked about each query (Q,): offsets (Q + 1,), then flat item ids and scores."""
-        places = np.arange(len(self.keys)) if direction == "i2t" else self.by_text
-        images, texts = np.divmod(self.keys[places], self.n_texts)
-        queries, items = (images, texts) if direction == "i2t" else (texts, images)
-        starts, stops = np.searchsorted(queries, query_ids), np.searchsorted(queries, query_ids, side="right")
-        offsets, chosen = ragged_ranges(starts, stops)
-        return offsets, items[chosen], self.scores[places[chosen]]
+        asked = self.by_query[direction]
+        starts = np.searchsorted(asked.queries, query_ids)
+        offsets, chosen = ragged_ranges(starts, np.searchsorted(asked.queries, query_ids, side="right"))
+        return offsets, asked.items[chosen], asked.scores[chosen]
 
 
 @dataclass(frozen=True)
