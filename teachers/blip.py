@@ -10,7 +10,7 @@ Shape key: ``N`` items, ``P`` pairs, ``F`` text layers, ``L`` tokens, ``S`` real
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from distill.protocols import Image, Inputs, Memory, ScoreKind, Side, fingerprint, weights_fingerprint
+from distill.protocols import Inputs, Memory, Side, fingerprint, weights_fingerprint
 from teachers import itm, layers
 from teachers.blip_options import (
     BlipOptions,
@@ -39,15 +39,13 @@ from teachers.crossattention import (
     keys_and_values,
     score_packed,
 )
-from teachers.identified import Identified
+from teachers.identified import Prepared
 from teachers.identity import (
     config_state,
-    image_inputs_identity,
     image_processor_state,
-    text_inputs_identity,
     tokenizer_state,
 )
-from teachers.processing import image_processor_from, pixel_values, token_ids, tokenizer_from
+from teachers.processing import image_processor_from, tokenizer_from
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +54,7 @@ if TYPE_CHECKING:
 SCORING_VERSION = 1  # part of every identity; raise it when the same weights would give other scores
 
 
-class BlipTeacher(Identified):
+class BlipTeacher(Prepared):
     """A ``Teacher`` that can be taught and whose cross-attention can be read.
 
     Image memory: ``keys`` and ``values`` (N, F, T, H) of every cross-attention layer, ``embedding`` (N, D). Text
@@ -64,6 +62,8 @@ class BlipTeacher(Identified):
     where teaching or the score kind reads it: that is a whole pass over the text encoder. Both ``encode_*`` also take
     such a memory back as it is.
     """
+
+    options: BlipOptions
 
     def __init__(
         self,
@@ -172,11 +172,6 @@ class BlipTeacher(Identified):
         )
 
     @property
-    def score_kind(self) -> ScoreKind:
-        """What ``score`` returns."""
-        return self.options.score_kind
-
-    @property
     def scale(self) -> Tensor:
         """() learned scale of the contrastive head, within 2 .. 1000."""
         return itm.scale_of(self.logit_scale)
@@ -186,20 +181,6 @@ class BlipTeacher(Identified):
         """Rows and columns of the image patches."""
         side = self.model.config.vision_config.image_size // self.model.config.vision_config.patch_size
         return side, side
-
-    def prepare_images(self, images: Sequence[Image]) -> Inputs:
-        """{"pixel_values": (N, 3, size, size)}."""
-        return pixel_values(self.image_processor, images)
-
-    def prepare_texts(self, texts: Sequence[str]) -> Inputs:
-        """{"input_ids", "attention_mask"}: (N, L)."""
-        return token_ids(self.tokenizer, texts, prompt=self.options.prompt, max_length=self.options.max_text_length)
-
-    def prepare_identity(self, side: Side) -> str:
-        """Fingerprint of what ``prepare_images`` or ``prepare_texts`` makes of an item."""
-        if side == "image":
-            return image_inputs_identity(self.image_processor)
-        return text_inputs_identity(self.tokenizer, self.options.prompt, self.options.max_text_length)
 
     def encode_images(self, inputs: Inputs) -> Memory:
         """{"keys", "values": (N, F, T, H), "embedding": (N, D)}."""

@@ -12,21 +12,18 @@ cross-attention, ``H`` width, ``D`` embedding width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
 
-from distill.protocols import Image, Inputs, Memory, ScoreKind, Side
+from distill.protocols import Inputs, Memory, ScoreKind
 from teachers import itm
 from teachers.crossattention import Source, keys_and_values, plan_pairs
-from teachers.identified import Identified
-from teachers.identity import image_inputs_identity, text_inputs_identity
 from teachers.pairwise import attend, gathered, in_chunks, key_mask
-from teachers.pretrained import check_image_size, check_options, check_texts, identity_of, load_model
-from teachers.processing import image_processor_from, pixel_values, token_ids, tokenizer_from
+from teachers.pretrained import Published, check_image_size, check_options, check_texts
+from teachers.processing import token_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +53,7 @@ class Blip2Options:
         check_options(self, itm.ITM_SCORE_KINDS)
 
 
-class Blip2Teacher(Identified):
+class Blip2Teacher(Published):
     """A ``Teacher``; it cannot be taught and stays in eval mode.
 
     Image memory, as far as the score kind reads it: ``keys`` and ``values`` (N, F, T, H), ``queries`` (N, Q, D)
@@ -64,7 +61,10 @@ class Blip2Teacher(Identified):
     ``embedding``: a maximum over queries is no cosine of one vector an image.
     """
 
-    trains = False
+    kind = "blip2"
+    version = SCORING_VERSION
+    library_class = "Blip2ForImageTextRetrieval"
+    options: Blip2Options
 
     def __init__(
         self,
@@ -74,48 +74,9 @@ class Blip2Teacher(Identified):
         options: Blip2Options | None = None,
     ) -> None:
         """Wrap a model, which is frozen, and its processors; ValueError where they do not fit each other."""
-        super().__init__()
-        self.options = options or Blip2Options()
-        _check_fit(model.config, image_processor, tokenizer, self.options)
-        self.model, self.image_processor, self.tokenizer = model, image_processor, tokenizer
-        self.requires_grad_(False).eval()
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_folder: str | Path,
-        *,
-        options: Blip2Options | None = None,
-        dtype: torch.dtype = torch.float32,
-        revision: str | None = None,
-    ) -> Blip2Teacher:
-        """Load a checkpoint of ``Blip2ForImageTextRetrieval`` (hub id or folder) with its processors.
-
-        In float16 the library keeps the Q-Former in float32.
-
-        Raises:
-            ValueError: a checkpoint for captions (no matching head), or processors that do not fit.
-            OSError: no such checkpoint.
-        """
-        from transformers import Blip2ForImageTextRetrieval
-
-        name = str(name_or_folder)
-        model: Any = load_model(Blip2ForImageTextRetrieval, name, dtype=dtype, revision=revision)
-        processors = image_processor_from(name, revision=revision), tokenizer_from(name, revision=revision)
-        return cls(model, *processors, options)
-
-    def _identity_now(self) -> str:
-        kind = {"teacher": "blip2", "version": SCORING_VERSION}
-        return identity_of(kind, asdict(self.options), self.model, self.image_processor, self.tokenizer)
-
-    @property
-    def score_kind(self) -> ScoreKind:
-        """What ``score`` returns."""
-        return self.options.score_kind
-
-    def prepare_images(self, images: Sequence[Image]) -> Inputs:
-        """{"pixel_values": (N, 3, size, size)}."""
-        return pixel_values(self.image_processor, images)
+        options = options or Blip2Options()
+        _check_fit(model.config, image_processor, tokenizer, options)
+        super().__init__(model, image_processor, tokenizer, options)
 
     def prepare_texts(self, texts: Sequence[str]) -> Inputs:
         """{"input_ids", "attention_mask"}: (N, L), without the placeholders that the library's processor puts first.
@@ -128,12 +89,6 @@ class Blip2Teacher(Identified):
         if bool(outside.any()):
             raise ValueError(f"the text {texts[int(outside.nonzero()[0])]!r} holds a token that the Q-Former lacks")
         return inputs
-
-    def prepare_identity(self, side: Side) -> str:
-        """Fingerprint of what ``prepare_images`` or ``prepare_texts`` makes of an item."""
-        if side == "image":
-            return image_inputs_identity(self.image_processor)
-        return text_inputs_identity(self.tokenizer, self.options.prompt, self.options.max_text_length)
 
     def encode_images(self, inputs: Inputs) -> Memory:
         """Keys and values of every cross-attention, and the contrastive query vectors: what the score kind reads."""

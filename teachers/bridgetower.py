@@ -11,21 +11,16 @@ first), ``H`` width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from distill.protocols import Image, Inputs, Memory, ScoreKind, Side
+from distill.protocols import Inputs, Memory, ScoreKind
 from teachers import itm
-from teachers.identified import Identified
-from teachers.identity import image_inputs_identity, text_inputs_identity
 from teachers.pairwise import attend, by_length, gathered, in_chunks, key_mask
-from teachers.pretrained import check_image_size, check_options, check_texts, identity_of, load_model
-from teachers.processing import image_processor_from, pixel_values, token_ids, tokenizer_from
+from teachers.pretrained import Published, check_image_size, check_options, check_texts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,14 +49,17 @@ class BridgeTowerOptions:
         check_options(self, ("log_odds", "logit"))
 
 
-class BridgeTowerTeacher(Identified):
+class BridgeTowerTeacher(Published):
     """A ``Teacher``; it cannot be taught and stays in eval mode.
 
     Image memory: ``states`` (N, F, T, H), what each cross-modal layer takes from the image tower. Text memory:
     ``states`` (N, L, F, H), the same of the text tower, ``attention_mask`` (N, L).
     """
 
-    trains = False
+    kind = "bridgetower"
+    version = SCORING_VERSION
+    library_class = "BridgeTowerForImageAndTextRetrieval"
+    options: BridgeTowerOptions
 
     def __init__(
         self,
@@ -71,63 +69,16 @@ class BridgeTowerTeacher(Identified):
         options: BridgeTowerOptions | None = None,
     ) -> None:
         """Wrap a model, which is frozen, and its processors; ValueError where they do not fit each other."""
-        super().__init__()
-        self.options = options or BridgeTowerOptions()
+        options = options or BridgeTowerOptions()
         text = model.config.text_config
         check_image_size(image_processor, model.config.vision_config.image_size)
         check_texts(
-            self.options,
+            options,
             tokens=len(tokenizer),
             vocabulary=text.vocab_size,
             positions=text.max_position_embeddings - text.pad_token_id - 1,  # they begin after the padding id
         )
-        self.model, self.image_processor, self.tokenizer = model, image_processor, tokenizer
-        self.requires_grad_(False).eval()
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_folder: str | Path,
-        *,
-        options: BridgeTowerOptions | None = None,
-        dtype: torch.dtype = torch.float32,
-        revision: str | None = None,
-    ) -> BridgeTowerTeacher:
-        """Load a checkpoint of ``BridgeTowerForImageAndTextRetrieval`` (hub id or folder) with its processors.
-
-        Raises:
-            ValueError: a checkpoint for another task (no matching head), or processors that do not fit.
-            OSError: no such checkpoint.
-        """
-        from transformers import BridgeTowerForImageAndTextRetrieval
-
-        name = str(name_or_folder)
-        model: Any = load_model(BridgeTowerForImageAndTextRetrieval, name, dtype=dtype, revision=revision)
-        processors = image_processor_from(name, revision=revision), tokenizer_from(name, revision=revision)
-        return cls(model, *processors, options)
-
-    def _identity_now(self) -> str:
-        kind = {"teacher": "bridgetower", "version": SCORING_VERSION}
-        return identity_of(kind, asdict(self.options), self.model, self.image_processor, self.tokenizer)
-
-    @property
-    def score_kind(self) -> ScoreKind:
-        """What ``score`` returns."""
-        return self.options.score_kind
-
-    def prepare_images(self, images: Sequence[Image]) -> Inputs:
-        """{"pixel_values": (N, 3, size, size)}."""
-        return pixel_values(self.image_processor, images)
-
-    def prepare_texts(self, texts: Sequence[str]) -> Inputs:
-        """{"input_ids", "attention_mask"}: (N, L)."""
-        return token_ids(self.tokenizer, texts, prompt=self.options.prompt, max_length=self.options.max_text_length)
-
-    def prepare_identity(self, side: Side) -> str:
-        """Fingerprint of what ``prepare_images`` or ``prepare_texts`` makes of an item."""
-        if side == "image":
-            return image_inputs_identity(self.image_processor)
-        return text_inputs_identity(self.tokenizer, self.options.prompt, self.options.max_text_length)
+        super().__init__(model, image_processor, tokenizer, options)
 
     def encode_images(self, inputs: Inputs) -> Memory:
         """{"states": (N, F, T, H)} of prepared images; a memory comes back as it is."""

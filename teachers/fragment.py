@@ -9,7 +9,7 @@ of the contrastive head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,17 +17,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from distill.protocols import Image, Inputs, Memory, ScoreKind, Side, fingerprint, weights_fingerprint
+from distill.protocols import Inputs, Memory, Side, fingerprint, weights_fingerprint
 from teachers import itm
 from teachers.fragment_options import FragmentDesign, FragmentOptions
 from teachers.fragment_pairs import all_pairs, given_pairs
 from teachers.fragment_words import WordSide
 from teachers.fusion_options import FusionDesign
 from teachers.fusion_sides import ImageSide
-from teachers.identified import Identified
-from teachers.identity import image_inputs_identity, text_inputs_identity
+from teachers.identified import Prepared
 from teachers.joined_folder import Joined, from_checkpoints, read_joined, write_joined
-from teachers.processing import pixel_values, token_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,12 +35,14 @@ SCORING_VERSION = 1  # part of every identity; raise it when the same weights wo
 KIND = "fragment_teacher"
 
 
-class FragmentTeacher(Identified):
+class FragmentTeacher(Prepared):
     """A ``Teacher`` that ``distill teach`` trains by contrast, and whose frozen backbones' outputs can be kept on disk.
 
     Image memory: ``cells`` (N, G, F) unit vectors, ``embedding`` (N, D). Text memory: ``words`` (M, L, F) unit vectors,
     ``word_mask`` (M, L) bool, ``embedding`` (M, D).
     """
+
+    options: FragmentOptions
 
     def __init__(
         self,
@@ -55,6 +55,7 @@ class FragmentTeacher(Identified):
     ) -> None:
         """Join two backbones; the new parts start from torch's global generator. ValueError where they do not fit."""
         super().__init__()
+        self.image_processor, self.tokenizer = image_processor, tokenizer
         self.design, self.options = design or FragmentDesign(), options or FragmentOptions()
         self.text = WordSide(text, tokenizer, self.design, self.options)
         self.image = ImageSide(vision, image_processor, _image_design(self.design), width=self.design.fragment_dim)
@@ -119,11 +120,6 @@ class FragmentTeacher(Identified):
         )
 
     @property
-    def score_kind(self) -> ScoreKind:
-        """What ``score`` returns."""
-        return self.options.score_kind
-
-    @property
     def scale(self) -> Tensor:
         """() learned scale of the contrastive head, within 2 .. 1000."""
         return itm.scale_of(self.logit_scale)
@@ -132,20 +128,6 @@ class FragmentTeacher(Identified):
     def pair_scale(self) -> Tensor:
         """() learned scale of the fragments' similarity, within 2 .. 1000."""
         return itm.scale_of(self.log_pair_scale)
-
-    def prepare_images(self, images: Sequence[Image]) -> Inputs:
-        """{"pixel_values": (N, 3, height, width)}."""
-        return pixel_values(self.image.processor, images)
-
-    def prepare_texts(self, texts: Sequence[str]) -> Inputs:
-        """{"input_ids", "attention_mask"}: (M, T), special tokens included."""
-        return token_ids(self.text.tokenizer, texts, prompt="", max_length=self.options.max_text_length)
-
-    def prepare_identity(self, side: Side) -> str:
-        """Fingerprint of what ``prepare_images`` or ``prepare_texts`` makes of an item."""
-        if side == "image":
-            return image_inputs_identity(self.image.processor)
-        return text_inputs_identity(self.text.tokenizer, "", self.options.max_text_length)
 
     def frozen_identity(self, side: Side) -> str | None:
         """Fingerprint of a side's frozen backbone and its preprocessing; None where it trains.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from teachers.fragment_pipeline import DirectionDesign, ScanDesign
 
@@ -69,6 +69,7 @@ class FragmentOptions:
 
     score_kind: ScoreKind = "logit"
     max_text_length: int = 35
+    prompt: ClassVar[str] = ""  # words are compared one by one: there is no place for one
     pairs_per_chunk: int = 1024
     cosine_weight: float = 1.0
 

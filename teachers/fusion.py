@@ -9,7 +9,7 @@ tokens (class and register tokens, then ``G`` grid cells), ``H`` text width, ``D
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,16 +17,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from distill.protocols import Image, Inputs, Memory, ScoreKind, Side, fingerprint, weights_fingerprint
+from distill.protocols import Inputs, Memory, Side, fingerprint, weights_fingerprint
 from teachers import itm, layers
 from teachers.crossattention import PackedPairs, attention_over_grid, keys_and_values, score_packed
 from teachers.fusion_options import FusionDesign, FusionOptions
 from teachers.fusion_parts import CrossAttention, MatchingHead
 from teachers.fusion_sides import ImageSide, TextSide
-from teachers.identified import Identified
-from teachers.identity import image_inputs_identity, text_inputs_identity
+from teachers.identified import Prepared
 from teachers.joined_folder import Joined, from_checkpoints, read_joined, write_joined
-from teachers.processing import pixel_values, token_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,13 +34,15 @@ SCORING_VERSION = 1  # part of every identity; raise it when the same weights wo
 KIND = "fusion_teacher"
 
 
-class FusionTeacher(Identified):
+class FusionTeacher(Prepared):
     """A ``Teacher`` that can be taught, whose cross-attention can be read and whose frozen parts can be kept on disk.
 
     Image memory: ``keys`` and ``values`` (N, F, T, H), ``embedding`` (N, D). Text memory: ``states`` (N, L, H) before
     the first cross-attention, ``attention_mask`` (N, L), ``embedding`` (N, D). Both ``encode_*`` also take such a
     memory back as it is.
     """
+
+    options: FusionOptions
 
     def __init__(
         self,
@@ -55,6 +55,7 @@ class FusionTeacher(Identified):
     ) -> None:
         """Join two backbones; the new parts start from torch's global generator. ValueError where they do not fit."""
         super().__init__()
+        self.image_processor, self.tokenizer = image_processor, tokenizer
         self.design, self.options = design or FusionDesign(), options or FusionOptions()
         width, heads, dropout = text.config.hidden_size, text.config.num_attention_heads, self.design.dropout
         self.text = TextSide(text, tokenizer, self.design, self.options)
@@ -121,11 +122,6 @@ class FusionTeacher(Identified):
         )
 
     @property
-    def score_kind(self) -> ScoreKind:
-        """What ``score`` returns."""
-        return self.options.score_kind
-
-    @property
     def scale(self) -> Tensor:
         """() learned scale of the contrastive head, within 2 .. 1000."""
         return itm.scale_of(self.logit_scale)
@@ -134,21 +130,6 @@ class FusionTeacher(Identified):
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the image grid."""
         return self.image.shape.rows, self.image.shape.columns
-
-    def prepare_images(self, images: Sequence[Image]) -> Inputs:
-        """{"pixel_values": (N, 3, height, width)}."""
-        return pixel_values(self.image.processor, images)
-
-    def prepare_texts(self, texts: Sequence[str]) -> Inputs:
-        """{"input_ids", "attention_mask"}: (N, L)."""
-        options = self.options
-        return token_ids(self.text.tokenizer, texts, prompt=options.prompt, max_length=options.max_text_length)
-
-    def prepare_identity(self, side: Side) -> str:
-        """Fingerprint of what ``prepare_images`` or ``prepare_texts`` makes of an item."""
-        if side == "image":
-            return image_inputs_identity(self.image.processor)
-        return text_inputs_identity(self.text.tokenizer, self.options.prompt, self.options.max_text_length)
 
     def frozen_identity(self, side: Side) -> str | None:
         """Fingerprint of the frozen weights of a side and of what prepares their inputs; None where none are frozen."""

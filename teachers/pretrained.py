@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from distill.protocols import ScoreKind, fingerprint, weights_fingerprint
+from teachers.identified import Options, Prepared
 from teachers.identity import config_state, image_processor_state, tokenizer_state
-from teachers.processing import pixel_values
+from teachers.processing import image_processor_from, pixel_values, tokenizer_from
 
 if TYPE_CHECKING:
     import torch
     from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-
-class Options(Protocol):
-    """What every teacher lets its user choose."""
-
-    @property
-    def score_kind(self) -> ScoreKind: ...
-
-    @property
-    def max_text_length(self) -> int: ...
-
-    @property
-    def pairs_per_chunk(self) -> int: ...
 
 
 def check_options(options: Options, kinds: Sequence[ScoreKind]) -> None:
@@ -101,22 +91,58 @@ def check_texts(options: Options, *, tokens: int, vocabulary: int, positions: in
         raise ValueError(f"max_text_length is {options.max_text_length}; the model has {positions} text positions")
 
 
-def identity_of(
-    kind: Mapping[str, Any],
-    options: Mapping[str, Any],
-    model: PreTrainedModel,
-    image_processor: BaseImageProcessor,
-    tokenizer: PreTrainedTokenizerBase,
-) -> str:
-    """Fingerprint of a teacher: ``kind`` names it and its scoring version; ``options`` as a mapping.
+class Published(Prepared):
+    """A frozen model of one class of transformers, loaded from a checkpoint, that cannot be taught.
 
-    Precision is part of it through the weights, whose dtype counts.
+    ``kind`` and ``version`` (raised when the same weights would give other scores) are part of the identity, and so is
+    precision, through the weights, whose dtype counts. ``library_class`` names the class.
     """
-    chosen = {name: value for name, value in options.items() if name != "pairs_per_chunk"}  # changes no score
-    return fingerprint(
-        {**kind, **chosen},
-        weights_fingerprint(model),
-        config_state(model.config),
-        image_processor_state(image_processor),
-        tokenizer_state(tokenizer),
-    )
+
+    trains = False
+    kind: ClassVar[str]
+    version: ClassVar[int | tuple[int, ...]]
+    library_class: ClassVar[str]
+
+    def __init__(
+        self, model: Any, image_processor: BaseImageProcessor, tokenizer: PreTrainedTokenizerBase, options: Any = None
+    ) -> None:
+        """Keep a model, which is frozen, and its processors. Subclasses check first that they fit each other."""
+        super().__init__()
+        self.model, self.image_processor, self.tokenizer = model, image_processor, tokenizer
+        self.options = options
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path,
+        *,
+        options: Any = None,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+    ) -> Self:
+        """Load a checkpoint of ``library_class`` (hub id or folder) with its processors, in ``dtype`` or float32.
+
+        Raises:
+            ValueError: a checkpoint for another task, which lacks the head that matches images with texts, or
+                processors that do not fit.
+            OSError: no such checkpoint.
+        """
+        import torch
+        import transformers
+
+        name, model_class = str(name_or_folder), getattr(transformers, cls.library_class)
+        model = load_model(model_class, name, dtype=dtype or torch.float32, revision=revision)
+        processors = image_processor_from(name, revision=revision), tokenizer_from(name, revision=revision)
+        return cls(model, *processors, options)
+
+    def _identity_now(self) -> str:
+        chosen = asdict(self.options)  # type: ignore[call-overload]  # every options class is a dataclass
+        del chosen["pairs_per_chunk"]  # changes no score
+        return fingerprint(
+            {"teacher": self.kind, "version": self.version, **chosen},
+            weights_fingerprint(self.model),
+            config_state(self.model.config),
+            image_processor_state(self.image_processor),
+            tokenizer_state(self.tokenizer),
+        )

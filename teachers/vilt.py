@@ -15,8 +15,7 @@ Shape key: ``N`` items, ``P`` pairs, ``S`` patches of the largest image, ``L`` t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,11 +24,10 @@ from torch.nn import functional
 
 from distill.protocols import Image, Inputs, Memory, ScoreKind, Side, fingerprint
 from teachers import itm
-from teachers.identified import Identified
 from teachers.identity import image_inputs_identity, text_inputs_identity
 from teachers.pairwise import attend, by_length, gathered, in_chunks, key_mask
-from teachers.pretrained import check_options, check_texts, identity_of, load_model
-from teachers.processing import image_processor_from, pixel_values, token_ids, tokenizer_from
+from teachers.pretrained import Published, check_options, check_texts
+from teachers.processing import pixel_values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,14 +56,17 @@ class ViltOptions:
         check_options(self, ("logit",))
 
 
-class ViltTeacher(Identified):
+class ViltTeacher(Published):
     """A ``Teacher``; it cannot be taught and stays in eval mode.
 
     Image memory: ``states`` (N, 1 + S, H) of the class token and the patches, ``states_mask`` (N, 1 + S). Text memory:
     ``states`` (N, L, H), ``attention_mask`` (N, L).
     """
 
-    trains = False
+    kind = "vilt"
+    library_class = "ViltForImageAndTextRetrieval"
+    version = (SCORING_VERSION, PATCHING_VERSION)
+    options: ViltOptions
 
     def __init__(
         self,
@@ -75,48 +76,15 @@ class ViltTeacher(Identified):
         options: ViltOptions | None = None,
     ) -> None:
         """Wrap a model, which is frozen, and its processors; ValueError where they do not fit each other."""
-        super().__init__()
-        self.options = options or ViltOptions()
+        options = options or ViltOptions()
         config = model.config
         check_texts(
-            self.options,
+            options,
             tokens=len(tokenizer),
             vocabulary=config.vocab_size,
             positions=config.max_position_embeddings,
         )
-        self.model, self.image_processor, self.tokenizer = model, image_processor, tokenizer
-        self.requires_grad_(False).eval()
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_folder: str | Path,
-        *,
-        options: ViltOptions | None = None,
-        dtype: torch.dtype = torch.float32,
-        revision: str | None = None,
-    ) -> ViltTeacher:
-        """Load a checkpoint of ``ViltForImageAndTextRetrieval`` (hub id or folder) with its processors.
-
-        Raises:
-            ValueError: a checkpoint for another task (no rank output), or processors that do not fit.
-            OSError: no such checkpoint.
-        """
-        from transformers import ViltForImageAndTextRetrieval
-
-        name = str(name_or_folder)
-        model: Any = load_model(ViltForImageAndTextRetrieval, name, dtype=dtype, revision=revision)
-        processors = image_processor_from(name, revision=revision), tokenizer_from(name, revision=revision)
-        return cls(model, *processors, options)
-
-    def _identity_now(self) -> str:
-        kind = {"teacher": "vilt", "version": [SCORING_VERSION, PATCHING_VERSION]}
-        return identity_of(kind, asdict(self.options), self.model, self.image_processor, self.tokenizer)
-
-    @property
-    def score_kind(self) -> ScoreKind:
-        """What ``score`` returns."""
-        return self.options.score_kind
+        super().__init__(model, image_processor, tokenizer, options)
 
     def prepare_images(self, images: Sequence[Image]) -> Inputs:
         """{"patches": (N, S, C), "patch_mask": (N, S), "grid_rows" and "grid_columns": (N,), row-major}."""
@@ -142,10 +110,6 @@ class ViltTeacher(Identified):
         if not cut.numel():
             raise ValueError(f"a picture of {image.width} x {image.height} has no whole patch of {size} x {size}")
         return cut.permute(1, 2, 0, 3, 4).flatten(2)
-
-    def prepare_texts(self, texts: Sequence[str]) -> Inputs:
-        """{"input_ids", "attention_mask"}: (N, L)."""
-        return token_ids(self.tokenizer, texts, prompt=self.options.prompt, max_length=self.options.max_text_length)
 
     def prepare_identity(self, side: Side) -> str:
         """Fingerprint of what ``prepare_images`` or ``prepare_texts`` makes of an item."""
