@@ -194,26 +194,25 @@ class Comparison:
             raise ValueError(f"one labelled image a text is needed: {len(self.text_images)} for {len(self.text_ids)}")
         if not len(self.image_ids) or not len(self.text_ids):
             raise ValueError("a comparison needs at least one image and one text to ask with")
-        named = [(cell.arm, cell.seed) for cell in (*self.cells, *self.failed)]
-        for arm, seed in named:
+        self._check_names()
+        for cell in self.cells:
+            self._check_queries(cell)
+
+    def _check_names(self) -> None:
+        named = [(cell.arm, cell.seed) for cell in self.cells] + [(cell.arm, cell.seed) for cell in self.failed]
+        for (arm, seed), count in Counter(named).items():
             if arm not in self.arms or seed not in self.seeds:
                 raise ValueError(
                     f"cell {arm!r} seed {seed} is not of the comparison: arms {', '.join(self.arms)}; seeds "
                     f"{', '.join(map(str, self.seeds))}"
                 )
-        for (arm, seed), count in Counter(named).items():
             if count > 1:
-                raise ValueError(
-                    f"cell {arm!r} seed {seed} is there {count} times; one cell an arm and seed is expected"
-                )
-        strangers = [*self.gap, *(arm for example in self.examples for arm in example.found)]
-        for arm in strangers:
+                raise ValueError(f"cell {arm!r} seed {seed} is there {count} times; expected one cell an arm and seed")
+        for arm in (*self.gap, *(arm for example in self.examples for arm in example.found)):
             if arm not in self.arms:
                 raise ValueError(
                     f"gap report or example of {arm!r}, which is not among the arms {', '.join(self.arms)}"
                 )
-        for cell in self.cells:
-            self._check_queries(cell)
 
     def _check_queries(self, cell: Cell) -> None:
         ours = {"images": self.image_ids, "texts": self.text_ids}
