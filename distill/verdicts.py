@@ -135,8 +135,8 @@ def notes(comparison: Comparison, best: str | None, *, clusters: int, how: Resam
     yield from _missing(comparison)
     if not trained[comparison.plain] and any(trained.values()):
         yield (
-            f"The undistilled arm {comparison.plain} has no finished seed: nothing is compared with it, and there is no "
-            "share of the gap to give."
+            f"The undistilled arm {comparison.plain} has no finished seed: nothing is compared with it, and there is "
+            "no share of the gap to give."
         )
     if max(map(len, trained.values())) == 1:
         yield (
@@ -152,6 +152,7 @@ def notes(comparison: Comparison, best: str | None, *, clusters: int, how: Resam
             f"{how.alpha:g}: ask for more resamples."
         )
     if compared >= 1 and best is not None:
+        yield from _strangers(comparison, best)
         yield from _of_best(comparison, best)
     if clusters < FEW_CLUSTERS:
         yield f"Only {clusters} image{_s(clusters)} to draw from: intervals and tests are rough."
@@ -172,6 +173,15 @@ def _missing(comparison: Comparison) -> Iterator[str]:
             )
         elif lacking:
             yield f"{arm} has no finished seed: it has no figures and is in no test."
+
+
+def _strangers(comparison: Comparison, best: str) -> Iterator[str]:
+    for other in dict.fromkeys((comparison.plain, best)):
+        seeds = set(comparison.cells_of(other))
+        for arm in comparison.arms:
+            own = set(comparison.cells_of(arm))
+            if seeds and own and not seeds & own:
+                yield f"{arm} and {other} share no seed: they are not compared."
 
 
 def _of_best(comparison: Comparison, best: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Tables of retrieval results: on a terminal, as plain lines, as Markdown."""
+"""Tables of results: on a terminal, as plain lines, as Markdown."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-_METRICS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "rsum")
-_HEADS = ("i2t R@1", "R@5", "R@10", "t2i R@1", "R@5", "R@10", "RSUM")
-_ABSENT = "–"
+METRICS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "rsum")
+HEADS = ("i2t R@1", "R@5", "R@10", "t2i R@1", "R@5", "R@10", "RSUM")
+ABSENT = "–"
 
 
 def results_table(
@@ -36,49 +36,60 @@ def results_table(
     Raises:
         ValueError: There is no row.
     """
+    heads, body = _cells(rows, extra)
+    show_table(heads, body, title=title, console=console)
+
+
+def show_table(
+    heads: Sequence[str], body: Sequence[Sequence[str]], *, title: str = "", console: Console | None = None
+) -> None:
+    """Show cells as they are, the first column to the left and all others to the right; as :func:`results_table`."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     console = console or Console()
-    heads, body = _cells(rows, extra)
     if not console.is_terminal:
         for line in ([title] if title else []) + _plain_lines([heads, *body]):
             console.out(line, highlight=False)
         return
     table = Table(title=escape(title) or None, title_justify="left")
     for number, head in enumerate(heads):
-        table.add_column(head, justify="right" if number else "left", no_wrap=True)
+        table.add_column(escape(head), justify="right" if number else "left", no_wrap=True)
     for cells in body:
         table.add_row(*(escape(cell) for cell in cells))
     console.print(table)
 
 
 def to_markdown(rows: Mapping[str, Mapping[str, float | None]], *, extra: Sequence[str] = ()) -> str:
-    """The same table in Markdown, ending with a newline.
+    """The table of :func:`results_table` in Markdown, ending with a newline.
 
     Raises:
         ValueError: There is no row.
     """
-    heads, body = _cells(rows, extra)
-    escaped = [[cell.replace("|", "\\|") for cell in line] for line in (heads, *body)]
-    rule = ["---"] + ["---:"] * (len(heads) - 1)
+    return markdown_table(*_cells(rows, extra))
+
+
+def markdown_table(heads: Sequence[str], body: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Cells in Markdown, ending with a newline; the first ``left`` columns to the left, all others to the right."""
+    escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in (heads, *body)]
+    rule = ["---"] * left + ["---:"] * (len(heads) - left)
     return "".join(f"| {' | '.join(line)} |\n" for line in (escaped[0], rule, *escaped[1:]))
 
 
 def _cells(rows: Mapping[str, Mapping[str, float | None]], extra: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     if not rows:
         raise ValueError("a table of results needs at least one row")
-    heads = ["", *_HEADS, *(name.replace("_", " ") for name in extra)]
+    heads = ["", *HEADS, *(name.replace("_", " ") for name in extra)]
     body = [
-        [name, *(_number(row.get(key), ".1f") for key in _METRICS), *(_number(row.get(key), ".4g") for key in extra)]
+        [name, *(_number(row.get(key), ".1f") for key in METRICS), *(_number(row.get(key), ".4g") for key in extra)]
         for name, row in rows.items()
     ]
     return heads, body
 
 
 def _number(value: float | None, form: str) -> str:
-    return _ABSENT if value is None or math.isnan(value) else format(value, form)
+    return ABSENT if value is None or math.isnan(value) else format(value, form)
 
 
 def _plain_lines(lines: Sequence[Sequence[str]]) -> list[str]:
