@@ -228,3 +228,22 @@ class Comparison:
         """Seed -> cell of one arm, in the order of the seeds."""
         there = {cell.seed: cell for cell in self.cells if cell.arm == arm}
         return {seed: there[seed] for seed in self.seeds if seed in there}
+
+
+def disagreements(ranks: Mapping[str, Ids], *, groups: Ids, count: int) -> Ids:
+    """Which queries show best how arms differ: positions, those with the widest spread of ranks first.
+
+    Only queries that at least one arm answers rightly and another does not; spread is the deviation of the logarithm of
+    ranks, so that 1 against 10 weighs as much as 10 against 100. This is a choice of contrasts, not a fair sample.
+
+    Args:
+        ranks: (B,) rank of the first true item, by arm, all of one seed and direction.
+        groups: (B,) what a query shares with others, such as its image: at most one query a group.
+        count: How many, at most.
+    """
+    matrix = np.stack(list(ranks.values())).astype(np.float64)  # (arms, B)
+    split = (matrix == 1).any(axis=0) & (matrix > 1).any(axis=0)
+    order = np.argsort(-np.log(matrix).std(axis=0), kind="stable")
+    order = order[split[order]]
+    _, first = np.unique(np.asarray(groups)[order], return_index=True)
+    return np.asarray(order[np.sort(first)[:count]], np.int64)

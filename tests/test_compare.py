@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from distill.analysis import analyse, spread
-from distill.compare import Cell, FailedCell
+from distill.compare import Cell, FailedCell, disagreements
 from distill.evaluate import Evaluation
 from distill.significance import Clusters, Resampling, holm, intervals, rsum, sign_flip_p
 from distill.verdicts import Interval, bounds, difference, number, p_value
@@ -51,7 +51,7 @@ def test_points_give_rsum_and_resampled_clusters_give_that_of_their_queries():
             for row in range(len(text_images))
             if text_images[row] == cluster * 10
         ]
-        again = Clusters(clusters.of_images, clusters.of_texts, clusters.images[drawn], clusters.texts[drawn])
+        again = replace(clusters, images=clusters.images[drawn], texts=clusters.texts[drawn])
         assert float(rsum(points[drawn], again)) == pytest.approx(ranks_summary(i2t, t2i), abs=1e-9)
 
 
@@ -157,18 +157,19 @@ def test_holm_by_hand():
 
 
 def test_equal_arms_are_rarely_different_and_clearly_better_ones_are():
-    """Of 60 simulated comparisons of equals about 3 would be called different without fault; 12 would be too many."""
-    false, true, power = 0, 0, []
+    """Of 60 simulated pairs of equals 3 are called different by chance, and 57 intervals hold 0; 9 would be a fault."""
+    how, false, held, found = Resampling(resamples=399), 0, 0, []
     for world in range(60):
-        equal = analyse(made_comparison({"plain": 0.0, "a": 0.0}, images=80, seeds=(0,), world=world), QUICK)
-        false += equal.against_plain[0].verdict != "none"
-        low, high = equal.against_plain[0].rsum.low, equal.against_plain[0].rsum.high
-        true += low <= 0 <= high
-        better = analyse(made_comparison({"plain": 0.0, "a": 1.0}, images=80, seeds=(0,), world=world), QUICK)
-        power.append(better.against_plain[0].verdict)
+        made = made_comparison({"plain": 0.0, "a": 0.0, "better": 1.0}, images=80, seeds=(0,), world=world)
+        clusters = Clusters.of(made.image_ids, made.text_images)
+        plain, equal, better = (clusters.points(cell.evaluation) for cell in made.cells)
+        false += sign_flip_p(equal - plain, clusters, how) < 0.05
+        ((low, high),) = intervals((equal - plain)[None], clusters, how)
+        held += low <= 0 <= high
+        found.append(sign_flip_p(better - plain, clusters, how))
     assert false <= 8
-    assert true >= 52
-    assert power.count("ahead") >= 58
+    assert held >= 52
+    assert max(found) < 0.05
 
 
 # --- the analysis -----------------------------------------------------------------------------------------------------
@@ -362,3 +363,12 @@ def test_spreads():
     assert spread({0: 1.0, 2: 3.0}).std == pytest.approx(np.sqrt(2))
     assert spread({0: 5.0}).std is None
     assert spread({0: float("nan")}) is None
+
+
+def test_disagreements_are_the_widest_contrasts_one_a_group():
+    ranks = {"a": np.array([1, 1, 5, 1, 2, 1, 1]), "b": np.array([1, 9, 1, 90, 80, 40, 3])}
+    groups = np.array([0, 1, 2, 3, 4, 3, 6])
+    found = disagreements(ranks, groups=groups, count=9)
+    assert found.tolist() == [3, 1, 2, 6]  # 0: both right, 4: both wrong, 5: of the same group as 3
+    assert disagreements(ranks, groups=groups, count=2).tolist() == [3, 1]
+    assert disagreements({"a": ranks["a"]}, groups=groups, count=2).tolist() == []

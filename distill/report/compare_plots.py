@@ -1,11 +1,11 @@
-"""The plots of a comparison as SVG that stands inside a page: it takes the page's fonts and its light or dark colours."""
+"""The plots of a comparison as SVG for the inside of a page: in its fonts and its light or dark colours."""
 
 from __future__ import annotations
 
 import io
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ _VARIABLES = {
     "#010216": "var(--c6)",
 }
 _INK, _FAINT, _RULE, _PAPER, *_COLOURS = _VARIABLES
-_STYLE = {
+_STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text: it can be read aloud, searched, and takes the page's font
     "text.parse_math": False,  # an arm may be called "$x$"
     "font.size": 10,
@@ -158,7 +158,7 @@ def _short(name: str) -> str:
 
 
 @contextmanager
-def _figure(height: float) -> Iterator[tuple[Any, Any]]:
+def _figure(height: float) -> Iterator[tuple[Any, Callable[[str, str], str]]]:
     """A figure, and what turns it into SVG with a name for its parts and words for those who cannot see it."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -166,7 +166,8 @@ def _figure(height: float) -> Iterator[tuple[Any, Any]]:
 
     with mpl.rc_context(), warnings.catch_warnings():
         mpl.rcdefaults()  # not what a user's matplotlibrc says
-        mpl.rcParams.update(_STYLE)
+        for name, value in _STYLE.items():
+            mpl.rcParams[name] = value  # type: ignore[index]  # a name is one of hundreds of literals
         warnings.filterwarnings("ignore", message=".*missing from font")  # the page's own font draws it
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         FigureCanvasSVG(figure)

@@ -7,18 +7,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from distill.protocols import DIRECTIONS
-from distill.report.table import ABSENT, METRICS
-from distill.verdicts import bounds, number, p_value
+from distill.report.table import ABSENT, HEADS, METRICS
+from distill.verdicts import number, p_value
 
 if TYPE_CHECKING:
     from distill.analysis import Analysis, ArmFigures
-    from distill.compare import Comparison
+    from distill.compare import Comparison, GapPoint
     from distill.verdicts import Difference, Spread
 
 Mark = Literal["", "undistilled", "best", "teacher"]
 TEACHER = "teacher"
 RECALLS = METRICS[:-1]
 WAYS = {"i2t": "image → text", "t2i": "text → image"}
+
+_GAP_HEADS = ("who answers", "i2t R@1", "t2i R@1", "RSUM", "ms per image query", "ms per text query")
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,16 @@ def results_grid(comparison: Comparison, analysis: Analysis) -> Grid:
     heads = ["arm", *("R@1", "R@5", "R@10") * 2, "RSUM", "95 % interval", "gap closed"]
     heads[-2] = f"{100 * analysis.how.confidence:g} % interval"
     return Grid(heads, [row for _, row in lines], [("", 1), *((WAYS[way], 3) for way in DIRECTIONS), ("", 3)])
+
+
+def terminal_grid(comparison: Comparison, analysis: Analysis) -> Grid:
+    """The same without deviations of recalls and without the interval: a terminal is 80 to 120 letters wide."""
+    whole = results_grid(comparison, analysis)
+    rows = [
+        Row([row.cells[0], *(cell.split(" ")[0] for cell in row.cells[1:7]), row.cells[7], row.cells[9]], row.mark)
+        for row in whole.rows
+    ]
+    return Grid(["", *HEADS, "gap closed"], rows)
 
 
 def _rsum(figures: ArmFigures) -> float:
@@ -151,14 +163,24 @@ def cost_grid(comparison: Comparison, analysis: Analysis) -> Grid:
 
 def gap_grid(comparison: Comparison, analysis: Analysis) -> Grid | None:
     """From the student to the teacher, in recall and milliseconds; None where nothing was measured."""
-    points = [(arm, point) for arm, listed in comparison.gap.items() for point in listed]
-    rows = []
-    for arm, point in points:
-        recalls = [number(point.metrics[name]) for name in ("i2t_r1", "t2i_r1", "rsum")]
-        times = [_milliseconds(point.ms_per_query.get(way)) for way in DIRECTIONS]
-        rows.append(Row([arm, point.label, *recalls, *times], mark_of(arm, analysis)))
-    heads = ["arm", "who answers", "i2t R@1", "t2i R@1", "RSUM", "ms per image query", "ms per text query"]
-    return Grid(heads, rows, left=2) if rows else None
+    rows = [
+        Row([arm, *_gap_cells(point)], mark_of(arm, analysis))
+        for arm, points in comparison.gap.items()
+        for point in points
+    ]
+    return Grid(["arm", *_GAP_HEADS], rows, left=2) if rows else None
+
+
+def gap_grids(comparison: Comparison) -> Iterator[tuple[str, Grid]]:
+    """(arm, its own table) of the same, for a page that has room."""
+    for arm, points in comparison.gap.items():
+        if points:
+            yield arm, Grid(_GAP_HEADS, [Row(_gap_cells(point)) for point in points])
+
+
+def _gap_cells(point: GapPoint) -> list[str]:
+    recalls = [number(point.metrics[name]) for name in ("i2t_r1", "t2i_r1", "rsum")]
+    return [point.label, *recalls, *(_milliseconds(point.ms_per_query.get(way)) for way in DIRECTIONS)]
 
 
 def _milliseconds(value: float | None) -> str:
@@ -193,7 +215,7 @@ def in_short(comparison: Comparison, analysis: Analysis) -> Iterator[str]:
         )
     yield text
     for family in families(analysis):
-        yield " ".join(_grouped(family))
+        yield from _grouped(family)
 
 
 def families(analysis: Analysis) -> list[tuple[Difference, ...]]:
@@ -210,7 +232,7 @@ def _grouped(family: Sequence[Difference]) -> Iterator[str]:
         "behind": f"Behind {other}: ",
     }
     for verdict, beginning in beginnings.items():
-        named = [f"{one.arm} ({bounds(one.rsum, sign='+', unit='')})" for one in family if one.verdict == verdict]
+        named = [f"{one.arm} ({number(one.rsum.value, sign='+')})" for one in family if one.verdict == verdict]
         if named:
             yield f"{beginning}{', '.join(named)}."
 
