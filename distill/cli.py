@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distill import doctor_commands, store_commands
+from distill import compare_commands, doctor_commands, store_commands
 
 if TYPE_CHECKING:
     from distill.experiment import Experiment
+    from distill.recipe.experiment import Recipe
 
 app = typer.Typer(
     add_completion=False,
@@ -160,13 +161,17 @@ def main() -> None:
 
 def _open(name: str, overrides: list[str]) -> Experiment:
     """The experiment of a recipe, nothing made yet."""
-    from distill.experiment import Experiment
-    from distill.pipeline import taught_teacher
-    from distill.recipe.build import builders
     from distill.recipe.load import load_recipe
 
     _quieten_libraries()
-    recipe = load_recipe(name, overrides)
+    return _experiment(load_recipe(name, overrides))
+
+
+def _experiment(recipe: Recipe) -> Experiment:
+    from distill.experiment import Experiment
+    from distill.pipeline import taught_teacher
+    from distill.recipe.build import builders
+
     return Experiment(recipe, builders(recipe), taught=taught_teacher)
 
 
@@ -196,6 +201,7 @@ def _quieten_libraries() -> None:
     notices.disable_progress_bar()
 
 
+app.command(name="compare")(compare_commands.compare_command(compare_commands.Opening(_open, _experiment)))
 app.add_typer(doctor_commands.doctor_app(_open), name="doctor", help="What is installed; a closer look at a teacher.")
 app.add_typer(store_commands.app, name="store")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import shutil
 import uuid
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, BinaryIO
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+log = logging.getLogger(__name__)
 TEMPORARY_PREFIX = ".partial-"
 
 
@@ -63,17 +65,22 @@ def staged_folder(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def exclusively(path: str | Path) -> Iterator[None]:
+def exclusively(path: str | Path, *, notice: str = "") -> Iterator[int]:
     """Let one process or thread at a time work towards ``path``; the others wait. A dead holder holds nothing.
 
     The lock file stays beside ``path``. Where the file system has no locks, nobody waits: then the last rename wins.
+    ``notice`` is logged where there is somebody to wait for. Yields the lock's descriptor: a child that inherits
+    it holds the lock too.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path.parent / f".lock-{path.name}", os.O_CREAT | os.O_RDWR, 0o666)
     try:
-        _lock(descriptor, wait=True)
-        yield
+        if not _lock(descriptor, wait=False):
+            if notice:
+                log.info("%s", notice)
+            _lock(descriptor, wait=True)
+        yield descriptor
     finally:
         os.close(descriptor)
 

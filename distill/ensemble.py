@@ -97,6 +97,10 @@ class Member:
         except NoContrastiveHeadError:
             return None
 
+    def seconds(self, queries: Sequence[tuple[Ids, Ids]]) -> list[float]:
+        """Of this member alone, loading it apart."""
+        return self._open().seconds(queries)
+
     def _open(self) -> TeacherScorer:
         gc.collect()  # a model whose parts refer to one another outlives its last name until then
         scorer = self._load()
@@ -190,6 +194,10 @@ class Ensemble:
         if self._calibrated is None:
             self.ask(self._pairs[0][:0], self._pairs[1][:0])
         return self._combined([member.store.lookup(image_ids, text_ids) for member in self.members])
+
+    def seconds(self, queries: Sequence[tuple[Ids, Ids]]) -> list[float]:
+        """The members' time together, were all of them in memory."""
+        return [sum(took) for took in zip(*(member.seconds(queries) for member in self.members), strict=True)]
 
     def vectors(self, rows: Mapping[Side, Ids]) -> dict[Side, Vectors]:
         """Unit vectors whose inner product is the weighted mean of the cosines of all members with a contrastive head.

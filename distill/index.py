@@ -57,6 +57,11 @@ class VectorIndex:
         return int(self._vectors.shape[1])
 
     @property
+    def vectors(self) -> Vectors:
+        """(N, D) the items' vectors, in the order of ``ids``."""
+        return self._vectors
+
+    @property
     def max_k(self) -> int | None:
         """Largest k that :meth:`search` takes; None where there is no limit."""
         return GPU_MAX_K if self.on_gpu else None

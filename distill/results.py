@@ -45,7 +45,7 @@ def finish(x: Experiment) -> dict[str, dict[str, float]]:
     vectors: dict[str, dict[Side, Vectors]] = {}
     for name, folder in students.items():
         vectors[name] = _embed_student(x, folder, split)
-        evaluations[name] = _evaluate(x, vectors[name], split)
+        evaluations[name] = evaluate(x, vectors[name], split)
     for name, evaluation in evaluations.items():
         evaluation.save(x.folder / "evaluation" / name)
     summary = {name: evaluation.retrieval.as_dict() for name, evaluation in evaluations.items()}
@@ -67,6 +67,13 @@ def evaluate_teacher(x: Experiment, split: Split, *, fallback: Path | None = Non
 
     An ensemble's shortlist is that of the mean of its members' cosines.
     """
+    return rerank_shortlists(x, split, fallback=fallback)[0]
+
+
+def rerank_shortlists(
+    x: Experiment, split: Split, *, fallback: Path | None = None
+) -> tuple[Evaluation, dict[Direction, Candidates]]:
+    """The teacher's evaluation, as ``evaluate_teacher`` gives it, and the shortlists, whose pairs are all scored."""
     from distill.embed import NoContrastiveHeadError
 
     rows: dict[Side, Ids] = {"image": split.images, "text": split.texts}
@@ -76,11 +83,12 @@ def evaluate_teacher(x: Experiment, split: Split, *, fallback: Path | None = Non
         if fallback is None:
             raise
         log.info("the teacher has no contrastive head: it re-ranks the shortlist of %s", fallback)
-        first = _embed_student(x, fallback, split)
+        first = student_vectors(x, fallback, split)
     lists = _shortlists(x, first, split)
     images, texts = (np.concatenate(ids) for ids in zip(*(found.pairs() for found in lists.values()), strict=True))
     x.ask(images, texts)
-    return evaluate_reranked(_evaluate(x, first, split), i2t=lists["i2t"], t2i=lists["t2i"], lookup=x.scorer.lookup)
+    found = evaluate_reranked(evaluate(x, first, split), i2t=lists["i2t"], t2i=lists["t2i"], lookup=x.scorer.lookup)
+    return found, lists
 
 
 def report_teacher(x: Experiment, *, split: str) -> None:
@@ -110,17 +118,28 @@ def _shortlists(x: Experiment, vectors: Mapping[Side, Vectors], split: Split) ->
     return lists
 
 
-def _embed_student(x: Experiment, folder: Path, split: Split) -> dict[Side, Vectors]:
-    """Vectors of the split's items; their index is kept beside the student, for search."""
+def student_vectors(x: Experiment, folder: Path, split: Split) -> dict[Side, Vectors]:
+    """Vectors of the split's items by the student in ``folder``."""
     student = x.saved_student(folder)
     rows: dict[Side, Ids] = {"image": split.images, "text": split.texts}
-    vectors = {side: x.embed(student, side, rows[side]) for side in SIDES}
-    for side in SIDES:
-        VectorIndex.build(vectors[side], rows[side]).save(folder.parent / "index" / side)
+    return {side: x.embed(student, side, rows[side]) for side in SIDES}
+
+
+def _embed_student(x: Experiment, folder: Path, split: Split) -> dict[Side, Vectors]:
+    """Vectors of the split's items; their index is kept beside the student, for search."""
+    vectors = student_vectors(x, folder, split)
+    save_indexes(vectors, split, folder.parent / "index")
     return vectors
 
 
-def _evaluate(x: Experiment, vectors: Mapping[Side, Vectors], split: Split) -> Evaluation:
+def save_indexes(vectors: Mapping[Side, Vectors], split: Split, folder: Path) -> None:
+    """An index of each side of a split, in ``folder/image`` and ``folder/text``."""
+    VectorIndex.build(vectors["image"], split.images).save(folder / "image")
+    VectorIndex.build(vectors["text"], split.texts).save(folder / "text")
+
+
+def evaluate(x: Experiment, vectors: Mapping[Side, Vectors], split: Split) -> Evaluation:
+    """A student's evaluation from its vectors of the split's items."""
     return evaluate_embeddings(
         vectors["image"], vectors["text"], image_ids=split.images, text_ids=split.texts, matches=x.corpus.matches
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from distill.exact import Vectors
     from distill.index import VectorIndex
+    from distill.protocols import Image
 
 
 @dataclass(frozen=True)
@@ -38,3 +39,18 @@ def hit_lines(hits: Sequence[Hit], labels: Sequence[str]) -> list[str]:
     return [
         f"{place:>{width}}  {hit.similarity:+.3f}  {labels[hit.item_id]}" for place, hit in enumerate(hits, start=1)
     ]
+
+
+def embed_query(student: Any, asked: str | Image, *, device: Any) -> Vectors:
+    """Unit vector (D,) of a sentence or a picture by a student."""
+    import torch
+
+    from distill.inference import to_device
+
+    with torch.no_grad():
+        if isinstance(asked, str):
+            found = student(None, to_device(student.prepare_texts([asked]), device)).texts
+        else:
+            found = student(to_device(student.prepare_images([asked]), device), None).images
+    vector: Vectors = found[0].float().cpu().numpy()
+    return vector

@@ -9,7 +9,7 @@ import numpy as np
 
 from distill.index import VectorIndex
 from distill.report.sheet import Row, Strip, hits_sheet, pick_sample, retrieval_sheet
-from distill.search import Hit, answer, hit_lines
+from distill.search import Hit, answer, embed_query, hit_lines
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -89,7 +89,7 @@ def search(x: Experiment, query: str, *, arm: str, top: int, out: Path | None) -
     asked: str | Image = query if picture is None else picture
     side: Side = "image" if picture is None else "text"
     index = VectorIndex.load(folder / "index" / side)
-    hits = answer(index, _embed_query(student, asked, device=x.accelerator.device), min(top, len(index)))
+    hits = answer(index, embed_query(student, asked, device=x.accelerator.device), min(top, len(index)))
     labels = x.corpus.image_names if side == "image" else x.corpus.texts
     path = out or x.folder / "search.png"
     _write_hits(x, asked, hits, side, path)
@@ -122,17 +122,3 @@ def _picture_of(query: str) -> Image | None:
     if not path.is_file():
         raise FileNotFoundError(f"{query} looks like a picture, but there is no such file")
     return decode_image(path.read_bytes())
-
-
-def _embed_query(student: Any, asked: str | Image, *, device: Any) -> Vectors:
-    import torch
-
-    from distill.inference import to_device
-
-    with torch.no_grad():
-        if isinstance(asked, str):
-            found = student(None, to_device(student.prepare_texts([asked]), device)).texts
-        else:
-            found = student(to_device(student.prepare_images([asked]), device), None).images
-    vector: Vectors = found[0].float().cpu().numpy()
-    return vector

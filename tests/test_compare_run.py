@@ -1,0 +1,142 @@
+"""``distill compare`` as a user runs it: cells, a failure among them, going on, and what it writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.test_run import TINY
+from tests.test_wrong_recipes import ROOT, distill
+
+SETTINGS = [item for item in TINY if not item.startswith(("arms.", "train.rounds", "train.trackers"))]
+LOSSES = ["kl", "cprd:accept=top,top=2"]
+BROKEN = "broken=custom:target=tests.losses_of_users:breaks"
+
+
+def arguments(*losses: str, seeds: int = 2) -> list[str]:
+    return ["compare", "quickstart", *(f"--loss={loss}" for loss in losses), f"--seeds={seeds}", "--jobs=2"]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("compared")
+    done = distill(*arguments(*LOSSES), "--gap-queries=10", folder=folder, settings=SETTINGS)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def home(folder: Path) -> Path:
+    return folder / "runs" / "quickstart-compare"
+
+
+def report(folder: Path) -> dict:
+    return json.loads((home(folder) / "compare.json").read_text())
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    found = {
+        str(path.relative_to(home(folder))): path.read_bytes() for path in home(folder).rglob("student/*.safetensors")
+    }
+    assert found
+    return found
+
+
+def test_every_arm_and_seed_is_there_and_shares_candidates_and_teacher(compared: tuple[Path, str]) -> None:
+    folder, said = compared
+    arms = ["plain", "kl", "cprd-accept-top-top-2"]
+    assert sorted({path.split("/")[2] for path in weights(folder)}) == sorted(arms)
+    assert len(weights(folder)) == 6
+    assert len(set(weights(folder).values())) == 6
+    for seed in (0, 1):
+        run = home(folder) / f"seed-{seed}"
+        assert len(list(run.rglob("candidates-1-i2t.npz"))) == 1, "one set of candidates for all arms of a seed"
+        assert not (run / "teacher").exists()
+    assert (folder / "runs" / "quickstart" / "teacher").is_dir(), "taught once"
+    assert len(list((folder / "cache" / "scores").iterdir())) == 1, "one teacher, one store"
+    for name in ("compare.html", "compare.md", "compare.json"):
+        assert (home(folder) / name).stat().st_size > 500
+    for arm in arms:
+        assert arm in said
+        assert arm in (home(folder) / "compare.md").read_text()
+
+
+def test_the_report_holds_the_figures_of_the_cells(compared: tuple[Path, str]) -> None:
+    folder, _ = compared
+    found = report(folder)
+    text = json.dumps(found)
+    for arm in ("plain", "kl"):
+        values = [
+            json.loads((home(folder) / f"seed-{seed}" / "evaluation" / arm / "metrics.json").read_text())["rsum"]
+            for seed in (0, 1)
+        ]
+        assert repr(sum(values) / 2)[:8] in text, arm
+
+
+def test_an_arm_is_what_distill_train_makes_of_it(compared: tuple[Path, str], tmp_path: Path) -> None:
+    """The comparison's cells are ordinary runs: the same recipe by hand gives the same weights."""
+    folder, _ = compared
+    recipe = home(folder) / "seed-1" / "recipe.yaml"
+    overrides = [f"runs={tmp_path / 'runs'}", f"cache={folder / 'cache'}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "distill", "train", str(recipe), "--arm", "kl", *(f"--set={one}" for one in overrides)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    own = tmp_path / "runs" / "seed-1" / "arms" / "kl" / "student" / "model.safetensors"
+    assert own.read_bytes() == weights(folder)["seed-1/arms/kl/student/model.safetensors"]
+
+
+def test_another_loss_joins_and_nothing_is_trained_twice_though_one_cell_fails(compared: tuple[Path, str]) -> None:
+    folder, _ = compared
+    before = weights(folder)
+    stamps = {path: path.stat().st_mtime_ns for path in home(folder).rglob("student/*.safetensors")}
+    done = distill(*arguments(*LOSSES, "ranknet", BROKEN), "--gap-queries=10", folder=folder, settings=SETTINGS)
+    assert done.returncode == 1, done.stderr
+    assert "failed: broken, seed 0: " in done.stderr
+    assert "a loss of the user's own fell over" in done.stderr
+    after = weights(folder)
+    assert set(after) - set(before) == {f"seed-{n}/arms/ranknet/student/model.safetensors" for n in (0, 1)}
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+    assert "a loss of the user" in (home(folder) / "compare.html").read_text()
+
+
+def test_killed_and_started_again_it_ends_with_the_same_weights(compared: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = compared
+    overrides = [f"--set={one}" for one in [*SETTINGS, f"runs={tmp_path / 'runs'}", f"cache={tmp_path / 'cache'}"]]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "distill", *arguments(*LOSSES), "--gap-queries=10", *overrides],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 300
+    while not list(home(tmp_path).glob("seed-0/arms/*/checkpoints/step-*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = distill(*arguments(*LOSSES), "--gap-queries=10", folder=tmp_path, settings=SETTINGS)
+    assert done.returncode == 0, done.stderr
+    same = {path: content for path, content in weights(folder).items() if "ranknet" not in path}
+    assert weights(tmp_path) == same
+
+
+def test_what_is_no_cell_is_not_redone(compared: tuple[Path, str]) -> None:
+    folder, _ = compared
+    done = distill(*arguments(*LOSSES), "--redo=nothing/0", folder=folder, settings=SETTINGS)
+    assert done.returncode == 2
+    assert "'nothing/0' is no cell" in done.stderr
