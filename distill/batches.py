@@ -89,6 +89,7 @@ class StepBatch:
     grids: dict[Direction, Grid]
     pairs: tuple[Tensor, Tensor]  # image rows (P,), text rows (P,) of the batch's labelled pairs
     maps: tuple[Tensor, Tensor] | None = None  # teacher's log-probabilities (P, L, G), real tokens (P, L)
+    vectors: tuple[tuple[Tensor, Tensor], ...] = ()  # of each dual-encoder among the teacher: (N, D), (M, D), unit
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ class Batches:
     scores: PairScores | None = None
     candidates: tuple[CandidateSampler, ...] = ()
     maps: Callable[[Ids, Ids], tuple[Tensor, Tensor]] | None = None  # image ids (P,), text ids (P,) -> maps, tokens
+    towers: tuple[Callable[[Ids, Ids], tuple[Tensor, Tensor]], ...] = ()  # image ids (N,), text ids (M,) -> vectors
 
     def __getitem__(self, step: int) -> StepBatch:
         """The batch of a global step."""
@@ -132,6 +134,7 @@ class Batches:
                 torch.from_numpy(np.searchsorted(text_ids, pairs[:, 1])),
             ),
             None if self.maps is None else self.maps(pairs[:, 0], pairs[:, 1]),
+            tuple(tower(image_ids, text_ids) for tower in self.towers),
         )
 
     def _grid(self, direction: Direction, own: dict[Direction, Ids], image_ids: Ids, text_ids: Ids) -> Grid:

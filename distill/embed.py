@@ -171,6 +171,50 @@ def embed_with_teacher(
         NoContrastiveHeadError: the teacher's memory has no ``embedding``.
         ValueError: a vector is faulty.
     """
+    with evaluating(teacher):
+        encode = _teacher_encoder(teacher, side)
+        return _embedded(encode, source, rows, f"teacher: {side}s", (batch_size, device or device_of(teacher)))
+
+
+def write_teacher_vectors(
+    folder: Path,
+    identity: str,
+    asked: tuple[Teacher, Source],
+    rows: Ids,
+    side: Side,
+    *,
+    batch_size: int = 64,
+) -> Features:
+    """What ``embed_with_teacher`` gives, as the array ``vectors`` of a feature folder: never all of it in memory.
+
+    Args:
+        folder: Where it goes; opened as it is where it is complete.
+        identity: Fingerprint of teacher, corpus and side.
+        asked: The teacher and the source of its inputs.
+        rows: Ascending.
+        side: "image" or "text".
+        batch_size: Items a call.
+
+    Raises:
+        NoContrastiveHeadError: the teacher's memory has no ``embedding``.
+        ValueError: a vector is faulty.
+    """
+    teacher, source = asked
+    encode, device = _teacher_encoder(teacher, side), device_of(teacher)
+
+    def after(inputs: Inputs) -> Inputs:
+        found = encode(to_device(inputs, device)).float().cpu()
+        longest = float((found.norm(dim=1) - 1).abs().max())  # NaN passes: the writer names such rows
+        if longest > _NORM_TOLERANCE:
+            raise ValueError(f"teacher: {side} vectors are not of unit length: one is off by {longest:.3g}")
+        return {"vectors": found}
+
+    with evaluating(teacher):
+        return write_features(folder, identity, rows, source, batch_size=batch_size, after=after)
+
+
+def _teacher_encoder(teacher: Teacher, side: Side) -> Callable[[Inputs], Tensor]:
+    """Prepared inputs to unit vectors by the teacher's ``embed``, else by the ``embedding`` of its memory."""
     run = teacher.encode_images if side == "image" else teacher.encode_texts
     own: Callable[[Side, Inputs], Tensor] | None = getattr(teacher, "embed", None)
 
@@ -184,8 +228,7 @@ def embed_with_teacher(
             )
         return memory["embedding"]
 
-    with evaluating(teacher):
-        return _embedded(encode, source, rows, f"teacher: {side}s", (batch_size, device or device_of(teacher)))
+    return encode
 
 
 def _embedded(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from distill.data.corpus import Corpus
     from distill.protocols import Ids, ScoreKind, Side
-    from distill.scorer import Scores, TeacherScorer, Vectors
+    from distill.scorer import Scores, TeacherScorer, TowerSource, Vectors
     from distill.store import ScoreStore
 
 VERSION = 1  # part of every identity; raise it when the same members would give other scores
@@ -100,6 +100,12 @@ class Member:
     def seconds(self, queries: Sequence[tuple[Ids, Ids]]) -> list[float]:
         """Of this member alone, loading it apart."""
         return self._open().seconds(queries)
+
+    def tower(self, place: int) -> TowerSource:
+        """This member as a dual-encoder that is loaded when opened."""
+        from distill.scorer import TowerSource
+
+        return TowerSource(place, self.store.origin.teacher_identity, self._open)
 
     def _open(self) -> TeacherScorer:
         gc.collect()  # a model whose parts refer to one another outlives its last name until then
@@ -221,6 +227,10 @@ class Ensemble:
             )
             for side in rows
         }
+
+    def towers(self) -> tuple[TowerSource, ...]:
+        """The members in their order, whatever their weight, which is of scores."""
+        return tuple(member.tower(place) for place, member in enumerate(self.members))
 
     def _combined(self, scores: Sequence[Scores]) -> Scores:
         """Weighted mean of the members' scores, each made comparable; NaN where any is."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from distill.scorer import Scorer, TeacherScorer
     from distill.store import ScoreStore
     from distill.teach import TeachSettings
+    from distill.towers import TowerVectors
     from distill.train import TrainSettings
 
 ATTENTION_WIDTH = 64  # of the throw-away heads that read the student's tokens
@@ -118,6 +119,20 @@ class Experiment:
         parts = self.builders.ensemble()
         members = [Member(name, partial(self._loaded, load)) for name, load in parts.members.items()]
         return Ensemble(members, parts.settings, self.corpus)
+
+    @cached_property
+    def towers(self) -> tuple[TowerVectors, ...]:
+        """Vectors of the training split by the teacher's own contrastive towers, from disk or computed once.
+
+        Raises:
+            NoContrastiveHeadError: it has none.
+        """
+        from distill.towers import write_towers
+
+        split = self.corpus.split("train")
+        return write_towers(
+            self.cache / "vectors", self.scorer, {"image": split.images, "text": split.texts}, self.corpus
+        )
 
     def _loaded(self, load: Callable[[Corpus], Any]) -> TeacherScorer:
         return self._scorer_of(self._frozen(load(self.corpus)))

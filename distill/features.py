@@ -179,12 +179,12 @@ def write_features(
         raise ValueError("rows must be distinct, ascending, not negative, and at least one")
     if dtype not in (None, "float16"):
         raise ValueError(f"dtype is 'float16' or None, got {dtype!r}")
-    found = _reusable(folder, identity, rows)
+    found = covering(folder, identity, rows)
     if found is not None:
         return found
     batches = batches_of(rows, batch_size)
     with exclusively(folder):
-        found = _reusable(folder, identity, rows)
+        found = covering(folder, identity, rows)
         if found is not None:
             return found
         sweep_temporaries(folder.parent)
@@ -200,7 +200,12 @@ def write_features(
     return Features(folder, identity)
 
 
-def _reusable(folder: Path, identity: str, rows: Ids) -> Features | None:
+def covering(folder: Path, identity: str, rows: Ids) -> Features | None:
+    """The features of a folder where they are whole and cover all of these rows; None where they must be made.
+
+    Raises:
+        ValueError: the folder holds something else, which is not to be written over.
+    """
     try:
         found = Features(folder, identity)
     except FileNotFoundError:

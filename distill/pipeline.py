@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from distill.experiment import Experiment
     from distill.losses.combine import Weighted
     from distill.recipe.schema import TeachRecipe
+    from distill.towers import TowerVectors
     from distill.train import Phase
 
 SHARED = "shared"
@@ -172,6 +173,7 @@ def _phase(
     mined: Mapping[Direction, Candidates] | None = None,
     scores: bool = False,
 ) -> Phase:
+    from distill.extras import TOWERS
     from distill.train import Phase
 
     mined = mined or {}
@@ -183,6 +185,7 @@ def _phase(
         warn_of_odd_scores(pairs, known, mined, losses)
     per_query, seed = x.recipe.train.candidates_per_query, x.recipe.seed
     wants_maps = "student_attention" in losses.needs
+    towers = x.towers if losses.needs & TOWERS else ()
     batches = Batches(
         BatchSampler(pairs, x.recipe.train.batch_size, seed),
         x.source(student, "image", tokens=wants_maps),
@@ -191,6 +194,7 @@ def _phase(
         known,
         tuple(CandidateSampler(found, per_query, seed) for found in mined.values()),
         pair_maps(x, pairs) if wants_maps else None,
+        towers,
     )
     meaning = fingerprint(
         x.corpus.fingerprint,
@@ -200,8 +204,15 @@ def _phase(
         [seed, stretch.number, stretch.start, stretch.stop],
         *(array for found in mined.values() for array in (found.query_ids, found.item_ids)),
         *((known.keys, known.scores) if known is not None else ()),
+        *(tower.identity for tower in towers),
     )
-    return Phase(stretch.start, stretch.stop, batches, losses, meaning)
+    return Phase(stretch.start, stretch.stop, batches, losses, meaning, _followed(towers, recipe_of_losses))
+
+
+def _followed(towers: Sequence[TowerVectors], parts: Sequence[Any]) -> int:
+    """Place among the towers of the one that ``embedding_match`` names; the first where it names none."""
+    member = next((part.member for part in parts if part.name == "embedding_match"), None)
+    return next((place for place, tower in enumerate(towers) if tower.member == member), 0)
 
 
 _MEANING_OF_TRAIN = {

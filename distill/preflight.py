@@ -14,6 +14,7 @@ from distill.recipe.load import dump
 
 if TYPE_CHECKING:
     from distill.experiment import Experiment
+    from distill.protocols import Ids, Side
 
 log = logging.getLogger(__name__)
 # Keys whose value changes no result: a run may be gone on with under others.
@@ -35,7 +36,8 @@ def check(x: Experiment) -> None:
     """
     _check_sizes(x)
     _check_losses(x)
-    if any(arm.distils for arm in x.recipe.arms.values()) or x.recipe.teach is not None:
+    reads_vectors = any(part.reads_vectors for part in x.recipe.shared_losses)
+    if reads_vectors or any(arm.distils for arm in x.recipe.arms.values()) or x.recipe.teach is not None:
         teacher = x.untaught_teacher()
         if x.recipe.teach is not None and not isinstance(teacher, TeachableTeacher | ContrastiveTeachable):
             raise PreflightError(
@@ -45,6 +47,7 @@ def check(x: Experiment) -> None:
             )
         if x.recipe.needs_maps:
             _check_maps(x, teacher)
+        _check_towers(x, teacher)
 
 
 def _check_sizes(x: Experiment) -> None:
@@ -76,7 +79,7 @@ def _check_sizes(x: Experiment) -> None:
 
 
 def _check_losses(x: Experiment) -> None:
-    from distill.train import EXTRAS
+    from distill.extras import EXTRAS
 
     kind = getattr(x.recipe.teacher, "score_kind", None)
     for name, arm in x.recipe.arms.items():
@@ -124,6 +127,77 @@ def _check_maps(x: Experiment, teacher: Any) -> None:
         raise PreflightError(
             f"{where} compares maps word by word, but teacher and student cut texts into different tokens: give both "
             "the same tokenizer, or take another loss"
+        )
+
+
+def _check_towers(x: Experiment, teacher: Any) -> None:
+    """What losses on the vectors of the teacher's own towers need: that there are any, how many, and how wide."""
+    reading = [
+        (where, part)
+        for where, parts in (("shared_losses", x.recipe.shared_losses), *_losses_of_arms(x))
+        for part in parts
+        if part.reads_vectors
+    ]
+    if not reading:
+        return
+    widths = _tower_widths(x, teacher)
+    if not widths:
+        where, part = reading[0]
+        raise PreflightError(
+            f"{where}: {part.name} reads the vectors of the teacher's own contrastive towers, but teacher.kind "
+            f"{x.recipe.teacher.kind} has no contrastive head: take a loss on scores, or a teacher with such a head"
+        )
+    student_width = None
+    for where, part in reading:
+        if part.name == "affinity":
+            _check_teacher_scales(where, part, widths)
+        elif part.name == "embedding_match":
+            student_width = student_width or x.fresh_student().dim
+            _check_followed(where, part, widths, student_width)
+
+
+def _losses_of_arms(x: Experiment) -> list[tuple[str, Any]]:
+    return [(f"arms.{name}", arm.losses) for name, arm in x.recipe.arms.items()]
+
+
+def _tower_widths(x: Experiment, teacher: Any) -> dict[int, int]:
+    """Width of the vectors of each model with a contrastive head, by its place in teacher.members."""
+    from distill.towers import width_of
+
+    split = x.corpus.split("train")
+    rows: dict[Side, Ids] = {"image": split.images, "text": split.texts}
+    if x.builders.ensemble is None:
+        found = [width_of(teacher, x.corpus, rows)]
+    else:
+        found = [width_of(load(x.corpus), x.corpus, rows) for load in x.builders.ensemble().members.values()]
+    return {place: width for place, width in enumerate(found) if width is not None}
+
+
+def _check_teacher_scales(where: str, part: Any, widths: dict[int, int]) -> None:
+    if len(part.teacher_scales) not in (1, len(widths)):
+        raise PreflightError(
+            f"{where}: affinity has {len(part.teacher_scales)} teacher_scales, but {len(widths)} of the teacher's "
+            f"models have a contrastive head (place {', '.join(map(str, widths))} of teacher.members): give one for "
+            "all, or one each, in this order"
+        )
+
+
+def _check_followed(where: str, part: Any, widths: dict[int, int], student_width: int) -> None:
+    if part.member is None and len(widths) > 1:
+        raise PreflightError(
+            f"{where}: embedding_match follows one model, but {len(widths)} of teacher.members have a contrastive "
+            f"head: say which by member: {' or '.join(map(str, widths))}, or use affinity for all of them"
+        )
+    if part.member is not None and part.member not in widths:
+        raise PreflightError(
+            f"{where}: embedding_match names member {part.member}, which has no contrastive head or does not exist; "
+            f"members with one: {', '.join(map(str, widths))}"
+        )
+    width = next(iter(widths.values())) if part.member is None else widths[part.member]
+    if width != student_width:
+        raise PreflightError(
+            f"{where}: embedding_match needs one width, but the student's vectors have {student_width} numbers and the "
+            f"teacher's {width}: set student.projection_dim to {width}, or use affinity, which compares similarities"
         )
 
 

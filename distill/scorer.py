@@ -10,15 +10,26 @@ import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
     import torch
 
+    from distill.features import Features
     from distill.protocols import Ids, Inputs, ScoreKind, Side
     from distill.score import ScoreOptions
     from distill.store import ScoreStore
 
 Scores: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 Vectors: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
+
+
+@dataclass(frozen=True)
+class TowerSource:
+    """One model that may have a contrastive head, in memory only once it is opened."""
+
+    member: int  # place in teacher.members; 0 where the teacher is one model
+    identity: str  # the model's
+    open: Callable[[], TeacherScorer]
 
 
 class Scorer(Protocol):
@@ -50,6 +61,9 @@ class Scorer(Protocol):
         Raises:
             NoContrastiveHeadError: there is none.
         """
+
+    def towers(self) -> tuple[TowerSource, ...]:
+        """The models, each with what opens it; whether they have a contrastive head shows when they are asked."""
 
 
 @dataclass(frozen=True)
@@ -134,3 +148,19 @@ class TeacherScorer:
             )
             for side, of_side in rows.items()
         }
+
+    def towers(self) -> tuple[TowerSource, ...]:
+        """Itself."""
+        return (TowerSource(0, self.identity, lambda: self),)
+
+    def write_vectors(self, folder: Path, identity: str, side: Side, rows: Ids) -> Features:
+        """Unit vectors (N, D) float32 of ascending rows by the contrastive head, batch after batch onto disk.
+
+        Raises:
+            NoContrastiveHeadError: there is none.
+        """
+        from distill.embed import write_teacher_vectors
+
+        return write_teacher_vectors(
+            folder, identity, (self.teacher, self.source(side)), rows, side, batch_size=self.batch_size
+        )

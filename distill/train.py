@@ -19,15 +19,13 @@ from torch import Tensor, nn
 
 from distill.batches import Batches, StepBatch
 from distill.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, step_of
+from distill.extras import extras_of_direction, extras_of_step
 from distill.inference import reproducible
 from distill.losses.combine import NonFiniteLossError, Weighted
 from distill.progress import Progress
 from distill.protocols import Direction, Embeddings, Inputs, Scored
 
 log = logging.getLogger(__name__)
-
-
-EXTRAS = frozenset({"student_attention", "teacher_attention", "attention_tokens"})  # what a loss may need beside scores
 
 
 class TrainingError(RuntimeError):
@@ -72,6 +70,7 @@ class Phase:
     batches: Batches
     losses: Weighted
     meaning: str  # fingerprint of all that decides what this stretch computes
+    followed: int = 0  # which of the batches' towers a loss on embeddings follows
 
 
 def make_optimizer(student: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
@@ -131,7 +130,7 @@ def train(
                 group["lr"] = settings.lr_at(batch.step)
             model.train()
             total, parts, scale = _step_loss(
-                model, batch, phase.losses, accelerator, progress=settings.progress_at(batch.step)
+                model, batch, phase, accelerator, progress=settings.progress_at(batch.step)
             )
             accelerator.backward(total)
             norm = accelerator.clip_grad_norm_(model.parameters(), settings.grad_clip)
@@ -189,10 +188,10 @@ def _load(batches: Batches, start: int, stop: int, workers: int) -> Iterator[tup
 
 
 def _step_loss(
-    model: nn.Module, batch: StepBatch, losses: Weighted, accelerator: Accelerator, *, progress: float
+    model: nn.Module, batch: StepBatch, phase: Phase, accelerator: Accelerator, *, progress: float
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Weighted loss of a step, the mean of both directions, and its unweighted parts."""
-    device = accelerator.device
+    device, losses = accelerator.device, phase.losses
     attention_pairs = None
     if "student_attention" in losses.needs:
         attention_pairs = (batch.pairs[0].to(device), batch.pairs[1].to(device))
@@ -202,11 +201,11 @@ def _step_loss(
         raise TrainingError("the student gave no embeddings for one side")
     _check_embeddings(out, batch)
     similarity = out.images.float() @ out.texts.float().T  # (N, M)
-    extras = _attention_extras(out, batch, device) if attention_pairs is not None else {}
+    extras = extras_of_step(out, batch, losses.needs, device, followed=phase.followed)
     parts: dict[str, Tensor] = {}
     for direction, grid in batch.grids.items():
         scored = _scored(similarity if direction == "i2t" else similarity.T, batch, direction, out.scale)
-        scored = replace(scored, extras=extras)
+        scored = replace(scored, extras=extras | extras_of_direction(batch, direction, losses, device))
         try:
             here = losses.parts_of(scored)
         except NonFiniteLossError as error:
@@ -233,20 +232,6 @@ def _scored(similarity: Tensor, batch: StepBatch, direction: Direction, scale: T
         scale=scale,
         in_batch=grid.in_batch.to(device),
     )
-
-
-def _attention_extras(out: Embeddings, batch: StepBatch, device: torch.device) -> dict[str, Tensor]:
-    """Both maps of the batch's labelled pairs, cut to the tokens that both sides have."""
-    if batch.maps is None or out.attention is None:
-        raise TrainingError("the attention loss needs the teacher's maps and the student's; one of them is missing")
-    teacher, tokens = batch.maps  # (P, L, G), (P, L)
-    own = batch.texts["attention_mask"][batch.pairs[1]].bool()  # (P, L')
-    width = min(teacher.shape[1], own.shape[1])
-    return {
-        "student_attention": out.attention[:, :width],
-        "teacher_attention": teacher[:, :width].to(device),
-        "attention_tokens": (tokens[:, :width] & own[:, :width]).to(device),
-    }
 
 
 def move(inputs: Inputs, device: torch.device) -> dict[str, Tensor]:

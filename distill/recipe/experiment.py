@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from distill.recipe.ensemble import AnyTeacher
 from distill.recipe.losses import Contrastive, LossPart
@@ -78,10 +78,23 @@ class EvaluateRecipe(Strict):
     batch_size: Count = 256
 
 
+def _follows_one_member(losses: tuple[LossPart, ...]) -> tuple[LossPart, ...]:
+    members = {part.member for part in losses if part.name == "embedding_match"}
+    if len(members) > 1:
+        raise ValueError(
+            f"embedding_match names several members ({', '.join(map(str, sorted(members, key=str)))}): a student has "
+            "one space and can follow one of them; use affinity for several"
+        )
+    return losses
+
+
+Losses = Annotated[tuple[LossPart, ...], AfterValidator(_follows_one_member)]
+
+
 class ArmRecipe(Strict):
     """One student: what it is trained with after the shared steps."""
 
-    losses: tuple[LossPart, ...]
+    losses: Losses
 
     @property
     def reads_scores(self) -> bool:
@@ -91,12 +104,13 @@ class ArmRecipe(Strict):
     @property
     def distils(self) -> bool:
         """Whether any part needs the teacher at all."""
-        return self.reads_scores or any(part.name == "attention" for part in self.losses)
+        return self.reads_scores or any(part.name == "attention" or part.reads_vectors for part in self.losses)
 
     @property
     def uses_candidates(self) -> bool:
         """Whether mined candidates join the batches."""
-        return self.reads_scores or any(getattr(part, "negatives", None) == "all" for part in self.losses)
+        scopes = (getattr(part, option, None) for part in self.losses for option in ("negatives", "columns"))
+        return self.reads_scores or "all" in scopes
 
 
 class Recipe(Strict):
@@ -118,7 +132,7 @@ class Recipe(Strict):
     teacher: AnyTeacher
     teach: TeachRecipe | None = None
     student: StudentRecipe
-    shared_losses: tuple[LossPart, ...] = (Contrastive(name="contrastive"),)
+    shared_losses: Losses = (Contrastive(name="contrastive"),)
     arms: Annotated[dict[Name, ArmRecipe], Field(min_length=1)]
     mine: MineRecipe = MineRecipe()
     score: ScoreRecipe = ScoreRecipe()

@@ -35,9 +35,13 @@ class LossBase(Strict):
     Attributes:
         later: options that came after runs had been made. They are written only where they are set, so that what such a
             run trained keeps its meaning.
+        of_training: options that the training reads, and the loss does not know.
+        reads_vectors: whether the loss reads the vectors of the teacher's own contrastive towers.
     """
 
     later: ClassVar[frozenset[str]] = frozenset({"schedule", "convention"})
+    of_training: ClassVar[frozenset[str]] = frozenset()
+    reads_vectors: ClassVar[bool] = False
 
     weight: Weight = 1.0
     schedule: ScheduleRecipe | None = Field(default=None, description="how the weight changes over the training")
@@ -49,7 +53,7 @@ class LossBase(Strict):
 
     def given(self) -> dict[str, Any]:
         """Options to be passed to the loss."""
-        return self.model_dump(exclude={"name", "weight", "schedule"})
+        return self.model_dump(exclude={"name", "weight", "schedule", *self.of_training})
 
     @model_serializer(mode="wrap")
     def _settings(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

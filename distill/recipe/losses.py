@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from distill.recipe.basics import Count, Positive, Share, Target
+from distill.recipe.basics import Count, Natural, Positive, Share, Target
 from distill.recipe.loss_base import Gain, LossBase, TeacherStd
 
 
@@ -218,13 +218,21 @@ class Momentum(_NoScores):
 class EmbeddingMatch(_NoScores):
     """Embeddings of a dual-encoder teacher's towers (CLIP-KD, CVPR 2024)."""
 
+    of_training: ClassVar[frozenset[str]] = frozenset({"member"})
+    reads_vectors: ClassVar[bool] = True
+
     name: Literal["embedding_match"]
+    member: Natural | None = Field(
+        default=None, description="of an ensemble: which of teacher.members, from 0; none needed where one has vectors"
+    )
     distance: Literal["cosine", "mse", "l2"] = "cosine"
     sides: Literal["both", "images", "texts"] = "both"
 
 
 class Affinity(_NoScores):
     """In-batch similarities of dual-encoder teachers, averaged after their softmax (TinyCLIP, MobileCLIP)."""
+
+    reads_vectors: ClassVar[bool] = True
 
     name: Literal["affinity"]
     teacher_scales: tuple[Positive, ...] = (100.0,)
