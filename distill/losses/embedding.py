@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
@@ -132,6 +132,9 @@ class Affinity:
     def per_row(self, scored: Scored) -> tuple[Tensor, Tensor]:
         """Values (B,) and which rows have a term (B,) bool."""
         teachers = self._teachers(scored)
+        if self.columns == "in_batch" and scored.in_batch is not None:
+            own = scored.in_batch.any(dim=0).nonzero().flatten()  # a step has several mined columns for each of these
+            scored, teachers = _only_columns(scored, own), teachers.index_select(2, own)
         positive, negative = in_scope(scored, self.columns)
         there = (positive | negative) & teachers.isfinite().all(dim=0)
         teachers = torch.where(there, teachers, torch.zeros_like(teachers))
@@ -158,6 +161,18 @@ class Affinity:
                 f"{teachers.shape[0]} teachers, but {len(self.teacher_scales)} teacher_scales: give one each"
             )
         return teachers
+
+
+def _only_columns(scored: Scored, columns: Tensor) -> Scored:
+    """The same rows with these columns (C,)."""
+    return replace(
+        scored,
+        student=scored.student.index_select(1, columns),
+        teacher=scored.teacher.index_select(1, columns),
+        positive=scored.positive.index_select(1, columns),
+        valid=scored.valid.index_select(1, columns),
+        in_batch=None if scored.in_batch is None else scored.in_batch.index_select(1, columns),
+    )
 
 
 def need(extras: Mapping[str, Tensor], names: frozenset[str], who: str) -> None:
