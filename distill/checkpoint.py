@@ -8,13 +8,15 @@ import random
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
 from distill.durable import staged_folder, sweep_temporaries
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import nn
     from torch.optim import Optimizer
 
@@ -22,12 +24,30 @@ _NAME = re.compile(r"^step-(\d{9})$")
 _MARKER = "complete.json"
 
 
+class Stateful(Protocol):
+    """What a checkpoint can hold beside model and optimizer."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state_dict: Any, /) -> Any: ...
+
+
+Others: TypeAlias = "Mapping[str, Stateful | None]"
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint that does not fit what it is loaded into."""
 
 
 def save_checkpoint(
-    folder: Path, *, step: int, model: nn.Module, optimizer: Optimizer, meaning: str, scaler: Any = None, keep: int = 1
+    folder: Path,
+    *,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    meaning: str,
+    others: Others | None = None,
+    keep: int = 1,
 ) -> Path:
     """Write ``folder/step-N`` whole, then prune to the newest ``keep``.
 
@@ -37,21 +57,21 @@ def save_checkpoint(
         model: all that trains, with its throw-away heads.
         optimizer: its optimizer.
         meaning: fingerprint of everything that decides the rest of the training; checked on load.
-        scaler: gradient scaler of fp16, where there is one.
+        others: what else has a state, by name: fp16's gradient scaler, what goes with the student; None is passed over.
         keep: complete checkpoints left when done, this one counted.
     """
     folder.mkdir(parents=True, exist_ok=True)
     sweep_temporaries(folder)
     final = folder / f"step-{step:09d}"
     with staged_folder(final) as staged:
-        _write(staged, model, optimizer, scaler)
+        _write(staged, model, optimizer, others or {})
         hashes = {path.name: _hash(path) for path in sorted(staged.iterdir())}
         (staged / _MARKER).write_text(json.dumps({"step": step, "meaning": meaning, "sha256": hashes}, indent=1))
     _prune(folder, keep)
     return final
 
 
-def _write(staged: Path, model: nn.Module, optimizer: Optimizer, scaler: Any) -> None:
+def _write(staged: Path, model: nn.Module, optimizer: Optimizer, others: Others) -> None:
     import torch
     from safetensors.torch import save_file
 
@@ -59,7 +79,7 @@ def _write(staged: Path, model: nn.Module, optimizer: Optimizer, scaler: Any) ->
     torch.save(
         {
             "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict() if scaler is not None else None,
+            **{name: other.state_dict() for name, other in others.items() if other is not None},
             "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         },
@@ -82,7 +102,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def load_checkpoint(
-    checkpoint: Path, *, model: nn.Module, optimizer: Optimizer, meaning: str | None, scaler: Any = None
+    checkpoint: Path, *, model: nn.Module, optimizer: Optimizer, meaning: str | None, others: Others | None = None
 ) -> int:
     """Restore everything a checkpoint holds; returns the steps done.
 
@@ -91,7 +111,7 @@ def load_checkpoint(
         model: as it was saved.
         optimizer: as it was saved.
         meaning: what the run means now; None takes a checkpoint of another run as a starting point.
-        scaler: gradient scaler of fp16, where there is one.
+        others: as they were saved; one that the checkpoint knows nothing of stays as it is.
 
     Raises:
         CheckpointError: the run means something else than when the checkpoint was made.
@@ -107,8 +127,9 @@ def load_checkpoint(
     load_weights(checkpoint, model)
     state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(state["optimizer"])
-    if scaler is not None and state["scaler"] is not None:
-        scaler.load_state_dict(state["scaler"])
+    for name, other in (others or {}).items():
+        if other is not None and state.get(name) is not None:
+            other.load_state_dict(state[name])
     torch.set_rng_state(state["torch_rng"])
     if state["cuda_rng"] and torch.cuda.is_available() and len(state["cuda_rng"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda_rng"])

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from distill.companion import AFFINE, KEYS
+
 if TYPE_CHECKING:
     from distill.batches import StepBatch
     from distill.losses.combine import Weighted
@@ -17,7 +19,7 @@ OWN_VECTORS = frozenset({"student_images", "student_texts"})
 FOLLOWED = frozenset({"teacher_images", "teacher_texts"})
 AFFINITY = frozenset({"teacher_affinity"})
 TOWERS = FOLLOWED | AFFINITY  # made of the vectors of the teacher's contrastive towers
-EXTRAS = ATTENTION | OWN_VECTORS | TOWERS  # all that the training can make
+EXTRAS = ATTENTION | OWN_VECTORS | TOWERS | KEYS | AFFINE  # all that the training can make
 
 
 class ExtrasError(RuntimeError):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from distill.experiment import Experiment
     from distill.losses.combine import Weighted
     from distill.recipe.schema import TeachRecipe
+    from distill.slow_copy import MomentumSettings
     from distill.towers import TowerVectors
     from distill.train import Phase
 
@@ -206,13 +207,16 @@ def _phase(
         *((known.keys, known.scores) if known is not None else ()),
         *(tower.identity for tower in towers),
     )
-    return Phase(stretch.start, stretch.stop, batches, losses, meaning, _followed(towers, recipe_of_losses))
+    return Phase(stretch.start, stretch.stop, batches, losses, meaning, *_of_training(towers, recipe_of_losses))
 
 
-def _followed(towers: Sequence[TowerVectors], parts: Sequence[Any]) -> int:
-    """Place among the towers of the one that ``embedding_match`` names; the first where it names none."""
+def _of_training(towers: Sequence[TowerVectors], parts: Sequence[Any]) -> tuple[int, MomentumSettings | None]:
+    """Place among the towers of the one that ``embedding_match`` follows, and how the student's slow copy is kept."""
+    from distill.slow_copy import MomentumSettings
+
     member = next((part.member for part in parts if part.name == "embedding_match"), None)
-    return next((place for place, tower in enumerate(towers) if tower.member == member), 0)
+    followed = next((place for place, tower in enumerate(towers) if tower.member == member), 0)
+    return followed, next((MomentumSettings(p.decay, p.queue) for p in parts if p.name == "momentum"), None)
 
 
 _MEANING_OF_TRAIN = {

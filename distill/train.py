@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,15 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from distill.batches import Batches, StepBatch
-from distill.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, step_of
+from distill.checkpoint import Others, latest_checkpoint, load_checkpoint, save_checkpoint, step_of
+from distill.companion import Companion
 from distill.extras import extras_of_direction, extras_of_step
 from distill.inference import reproducible
 from distill.losses.combine import NonFiniteLossError, Weighted
+from distill.meter import Meter
 from distill.progress import Progress
 from distill.protocols import Direction, Embeddings, Inputs, Scored
+from distill.slow_copy import MomentumSettings
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ class Phase:
     losses: Weighted
     meaning: str  # fingerprint of all that decides what this stretch computes
     followed: int = 0  # which of the batches' towers a loss on embeddings follows
+    momentum: MomentumSettings | None = None  # of the student's slow copy, where a loss reads one
 
 
 def make_optimizer(student: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
@@ -114,13 +117,15 @@ def train(
         )
     checkpoints = folder / "checkpoints"
     optimizer = make_optimizer(student, settings)
+    companion = Companion(student, phase.losses.needs, phase.momentum)
     model, prepared = accelerator.prepare(student, optimizer)
+    others = {"scaler": accelerator.scaler, "companion": None if companion.is_empty else companion}
     restored = [latest_checkpoint(checkpoints), start_from]
-    start = _restore(restored, accelerator.unwrap_model(model), optimizer, phase, scaler=accelerator.scaler)
+    start = _restore(restored, accelerator.unwrap_model(model), optimizer, phase, others)
     if start == 0:
         set_seed(settings.seed)  # whatever was computed before, the first step finds the same random state
     done = latest_checkpoint(checkpoints)
-    meter = Meter(folder / "metrics.jsonl", start, settings)
+    meter = Meter(folder / "metrics.jsonl", start, settings.log_every)
     with (
         reproducible(accelerator.device),
         Progress(phase.stop - start, f"train {folder.name}", unit="steps") as bar,
@@ -129,15 +134,18 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr_at(batch.step)
             model.train()
+            companion.begin_step(accelerator.unwrap_model(model))
             total, parts, scale = _step_loss(
-                model, batch, phase, accelerator, progress=settings.progress_at(batch.step)
+                model, batch, phase, accelerator, companion, progress=settings.progress_at(batch.step)
             )
             accelerator.backward(total)
             norm = accelerator.clip_grad_norm_(model.parameters(), settings.grad_clip)
             _check_gradient(norm, batch, accelerator)
+            companion.step(settings.lr_at(batch.step) / settings.lr, accelerator.scaler)  # before fp16's scale changes
             prepared.step()
             prepared.zero_grad()
-            line = meter.step(batch, total, parts, scale=scale, norm=norm, waited=waited)
+            values = {"lr": settings.lr_at(batch.step), "scale": scale, **companion.logged()}
+            line = meter.step(batch, total, parts, values=values, norm=norm, waited=waited)
             if line is not None:
                 accelerator.log({f"{folder.name}/{key}": value for key, value in line.items()}, step=batch.step + 1)
             bar.advance(1)
@@ -149,7 +157,7 @@ def train(
                     model=accelerator.unwrap_model(model),
                     optimizer=optimizer,
                     meaning=phase.meaning,
-                    scaler=accelerator.scaler,
+                    others=others,
                     keep=settings.keep_checkpoints,
                 )
     if done is None:
@@ -158,15 +166,15 @@ def train(
     return done
 
 
-def _restore(restored: list[Path | None], model: nn.Module, optimizer: Any, phase: Phase, *, scaler: Any) -> int:
+def _restore(restored: list[Path | None], model: nn.Module, optimizer: Any, phase: Phase, others: Others) -> int:
     """Steps done: from this phase's own newest checkpoint, else from the end of the phase before, else 0."""
     own, before = restored
     if own is not None and step_of(own) > phase.start:  # else it is the end of the phase before
-        step = load_checkpoint(own, model=model, optimizer=optimizer, meaning=phase.meaning, scaler=scaler)
+        step = load_checkpoint(own, model=model, optimizer=optimizer, meaning=phase.meaning, others=others)
         log.info("goes on from %s: weights, optimizer and random state after step %d", own, step)
         return step
     if before is not None:
-        return load_checkpoint(before, model=model, optimizer=optimizer, meaning=None, scaler=scaler)
+        return load_checkpoint(before, model=model, optimizer=optimizer, meaning=None, others=others)
     return 0
 
 
@@ -188,7 +196,13 @@ def _load(batches: Batches, start: int, stop: int, workers: int) -> Iterator[tup
 
 
 def _step_loss(
-    model: nn.Module, batch: StepBatch, phase: Phase, accelerator: Accelerator, *, progress: float
+    model: nn.Module,
+    batch: StepBatch,
+    phase: Phase,
+    accelerator: Accelerator,
+    companion: Companion,
+    *,
+    progress: float,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Weighted loss of a step, the mean of both directions, and its unweighted parts."""
     device, losses = accelerator.device, phase.losses
@@ -202,10 +216,13 @@ def _step_loss(
     _check_embeddings(out, batch)
     similarity = out.images.float() @ out.texts.float().T  # (N, M)
     extras = extras_of_step(out, batch, losses.needs, device, followed=phase.followed)
+    beside = companion.extras(out, batch, phase.batches.matches, accelerator.autocast)
     parts: dict[str, Tensor] = {}
     for direction, grid in batch.grids.items():
         scored = _scored(similarity if direction == "i2t" else similarity.T, batch, direction, out.scale)
-        scored = replace(scored, extras=extras | extras_of_direction(batch, direction, losses, device))
+        scored = replace(
+            scored, extras=extras | beside[direction] | extras_of_direction(batch, direction, losses, device)
+        )
         try:
             here = losses.parts_of(scored)
         except NonFiniteLossError as error:
@@ -261,57 +278,3 @@ def _check_gradient(norm: Any, batch: StepBatch, accelerator: Accelerator) -> No
 
 def _some(ids: np.ndarray[Any, Any], most: int = 8) -> str:
     return ", ".join(str(int(item)) for item in ids[:most]) + (", ..." if len(ids) > most else "")
-
-
-class Meter:
-    """Writes one line a log step: loss and its parts, scale, gradient norm, items a second, share of time waiting."""
-
-    def __init__(self, path: Path, start: int, settings: TrainSettings) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._path, self._settings = path, settings
-        _drop_lines_from(path, start)
-        self._clear()
-
-    def _clear(self) -> None:
-        self._began, self._waited, self._items, self._steps = time.perf_counter(), 0.0, 0, 0
-        self._sums: dict[str, Tensor] = {}
-
-    def step(
-        self, batch: StepBatch, total: Tensor, parts: Mapping[str, Tensor], *, scale: Tensor, norm: Any, waited: float
-    ) -> dict[str, float] | None:
-        """Count a step; the line where one was due."""
-        for name, value in (("loss", total), *((f"loss/{name}", part) for name, part in parts.items())):
-            held = self._sums.get(name)
-            self._sums[name] = value.detach() if held is None else held + value.detach()
-        self._waited += waited
-        self._items += len(batch.image_ids) + len(batch.text_ids)
-        self._steps += 1
-        if (batch.step + 1) % self._settings.log_every:
-            return None
-        seconds = time.perf_counter() - self._began
-        line = {name: float(value) / self._steps for name, value in self._sums.items()}
-        line |= {
-            "lr": self._settings.lr_at(batch.step),
-            "scale": float(scale),
-            "grad_norm": float(norm) if norm is not None else float("nan"),
-            "items_per_second": self._items / seconds,
-            "waiting_share": self._waited / seconds,
-        }
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": batch.step + 1, **line}) + "\n")
-        self._clear()
-        return line
-
-
-def _drop_lines_from(path: Path, start: int) -> None:
-    """After a resume the steps since the checkpoint are run again: their old lines go, so that none stands twice."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= start:
-                kept.append(line)
-        except ValueError:  # the line that a kill cut short
-            continue
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

@@ -37,7 +37,11 @@ TINY = [
     "student.vision.layers=1",
     "student.text.layers=1",
     "arms.maps={losses: [{name: contrastive}, {name: cprd}, {name: margin_mse, weight: 0.01}, {name: attention}]}",
+    "arms.beside={losses: [{name: contrastive}, {name: momentum, queue: 40, decay: 0.9}, {name: affinity},"
+    " {name: embedding_match}, {name: logit_mse, affine: learned, weight: 0.01}]}",
+    "student.projection_dim=64",
 ]
+ARMS = ("plain", "distilled", "maps", "beside")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +58,7 @@ def summary(folder: Path) -> dict[str, dict[str, float]]:
 
 def test_the_summary_holds_every_figure_in_percent(whole: Path) -> None:
     found = summary(whole)
-    assert set(found) == {"teacher", "plain", "distilled", "maps"}
+    assert set(found) == {"teacher", *ARMS}
     for name, figures in found.items():
         assert set(figures) >= KEYS, name
         parts = [figures[key] for key in KEYS - {"rsum"}]
@@ -66,14 +70,16 @@ def test_the_summary_holds_every_figure_in_percent(whole: Path) -> None:
 def test_arms_differ_and_each_logs_its_own_parts(whole: Path) -> None:
     run = whole / "runs" / "quickstart"
     parts = {}
-    for arm in ("plain", "distilled", "maps"):
+    for arm in ARMS:
         lines = [line for line in logged(run, arm) if "loss" in line]
         assert [line["step"] for line in lines] == list(range(12, 25, 3))
         parts[arm] = {key for key in lines[-1] if key.startswith("loss/")}
     assert parts["plain"] == {"loss/contrastive"}
     assert parts["maps"] == {"loss/contrastive", "loss/cprd", "loss/margin_mse", "loss/attention"}
+    beside = ("contrastive", "momentum", "affinity", "embedding_match", "logit_mse")
+    assert parts["beside"] == {f"loss/{name}" for name in beside}
     weights = [(run / "arms" / arm / "student" / "model.safetensors").read_bytes() for arm in parts]
-    assert len(set(weights)) == 3
+    assert len(set(weights)) == 4
 
 
 def test_a_later_round_asks_the_teacher_only_for_pairs_that_no_round_asked_before(whole: Path) -> None:
@@ -174,9 +180,10 @@ def test_killed_in_teaching_scoring_and_training_it_ends_with_the_same_figures(w
     kill_when(tmp_path, lambda folder: checkpoints(folder, "arms/distilled") >= 9)
     assert units(tmp_path) > half
     kill_when(tmp_path, lambda folder: checkpoints(folder, "arms/maps") >= 18)
+    kill_when(tmp_path, lambda folder: checkpoints(folder, "arms/beside") >= 15)
     done = distill("run", "quickstart", "--resume", folder=tmp_path, settings=TINY)
     assert done.returncode == 0, done.stderr
     assert summary(tmp_path) == summary(whole)
-    for arm in ("plain", "distilled", "maps"):
+    for arm in ARMS:
         path = Path("runs/quickstart/arms") / arm / "student" / "model.safetensors"
         assert (tmp_path / path).read_bytes() == (whole / path).read_bytes(), arm

@@ -132,7 +132,7 @@ def _label_warnings(asked: Tensor, positive: Tensor) -> list[str]:
 def _idle(teacher: Tensor, asked: Tensor, positive: Tensor, losses: Mapping[str, object]) -> list[str]:
     found: list[str] = []
     for name, loss in losses.items():
-        if not isinstance(loss, PerRow) or not getattr(loss, "reads_teacher", True) or hasattr(loss, "needs"):
+        if not isinstance(loss, PerRow) or not getattr(loss, "reads_teacher", True) or getattr(loss, "needs", None):
             continue  # cannot say, or reads no teacher scores, or more than scores
         with torch.no_grad(), torch.random.fork_rng(devices=[]):  # a look must not move the training's random state
             parts = [slice(start, start + CHUNK) for start in range(0, len(teacher), CHUNK)]

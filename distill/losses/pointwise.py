@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from distill.losses.numeric import check_positive, mean_over, row_mean, student_logits, teacher_scores
+from distill.losses.embedding import need
+from distill.losses.numeric import (
+    check_choice,
+    check_positive,
+    full,
+    mean_over,
+    row_mean,
+    student_logits,
+    teacher_scores,
+)
 from distill.losses.scale import TeacherStd, check_teacher_std, standardised, usable_rows
 
 if TYPE_CHECKING:
@@ -23,7 +32,14 @@ class LogitMSE:
     scale. ``MarginMSE`` is free of the shift, ``KL`` of most of both. With ``teacher_std`` ``row`` or ``batch`` the
     scores' mean is taken away too, a z-score, which helps with the shift only as far as the student's scores centre.
 
+    ``affine="learned"`` is ALADIN's (arXiv 2207.14757): mean of (a s + b - t / teacher_std)^2 with s the cosine, and a
+    and b learned beside the student: they absorb the teacher's scale and shift. They go with the student's scores, not
+    with the teacher's: a factor on what is aimed at could shrink both to nothing.
+
+    Reads ``Scored.extras`` where they are learned: ``affine`` (2,), a and b with gradient.
+
     Attributes:
+        affine: ``none``, or ``learned``, which takes the place of ``temperature`` and of the student's learned scale.
         teacher_std: a number divides the teacher's scores; ``batch`` makes them a z-score over this call, ``row`` over
             each row (rows with fewer than four, or all equal, are left out).
         temperature: None multiplies the cosine by the student's learned scale; a number divides by it.
@@ -31,6 +47,7 @@ class LogitMSE:
             contrastive loss owns it.
     """
 
+    affine: Literal["none", "learned"] = "none"
     teacher_std: TeacherStd = 1.0
     temperature: float | None = None
     train_scale: bool = False
@@ -38,6 +55,14 @@ class LogitMSE:
     def __post_init__(self) -> None:
         check_positive("temperature", self.temperature)
         check_teacher_std(self.teacher_std)
+        check_choice("affine", self.affine, ("none", "learned"))
+        if self.affine == "learned" and (self.temperature is not None or self.train_scale):
+            raise ValueError("affine='learned' learns the scale itself: leave temperature and train_scale out")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the extras that are read."""
+        return frozenset({"affine"}) if self.affine == "learned" else frozenset()
 
     def __call__(self, scored: Scored) -> Tensor:
         """-> (), mean over the rows that have a term; 0 when none has."""
@@ -47,7 +72,15 @@ class LogitMSE:
         """Values (B,) and which rows have a term (B,) bool: one scored candidate is enough."""
         scored = scored.asked_only()
         t = teacher_scores(scored)
-        z = student_logits(scored, self.temperature, train_scale=self.train_scale)
+        z = self._logits(scored)
         wanted = standardised(t, scored.valid, self.teacher_std)
         has_term = scored.valid.any(dim=1) & usable_rows(t, scored.valid, self.teacher_std)
         return row_mean((z - wanted).square(), scored.valid), has_term
+
+    def _logits(self, scored: Scored) -> Tensor:
+        if self.affine == "none":
+            return student_logits(scored, self.temperature, train_scale=self.train_scale)
+        need(scored.extras, self.needs, "logit_mse with affine='learned'")
+        a, b = full(scored.extras["affine"])
+        z: Tensor = a * student_logits(scored, 1.0, train_scale=False) + b
+        return z

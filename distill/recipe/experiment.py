@@ -78,17 +78,26 @@ class EvaluateRecipe(Strict):
     batch_size: Count = 256
 
 
-def _follows_one_member(losses: tuple[LossPart, ...]) -> tuple[LossPart, ...]:
+def _share_what_is_one(losses: tuple[LossPart, ...]) -> tuple[LossPart, ...]:
+    """A training has one student to follow a teacher, one slow copy of it, and one learned map of its scores."""
     members = {part.member for part in losses if part.name == "embedding_match"}
     if len(members) > 1:
         raise ValueError(
             f"embedding_match names several members ({', '.join(map(str, sorted(members, key=str)))}): a student has "
             "one space and can follow one of them; use affinity for several"
         )
+    copies = {(part.decay, part.queue) for part in losses if part.name == "momentum"}
+    if len(copies) > 1:
+        raise ValueError(
+            f"momentum parts differ in (decay, queue): {', '.join(map(str, sorted(copies)))}; there is one slow copy "
+            "and one queue: give all parts the same"
+        )
+    if sum(part.name == "logit_mse" and part.affine == "learned" for part in losses) > 1:
+        raise ValueError("only one part can have affine: learned: there is one map of the student's scores")
     return losses
 
 
-Losses = Annotated[tuple[LossPart, ...], AfterValidator(_follows_one_member)]
+Losses = Annotated[tuple[LossPart, ...], AfterValidator(_share_what_is_one)]
 
 
 class ArmRecipe(Strict):

@@ -107,7 +107,10 @@ class Pearson(LossBase):
 class LogitMse(LossBase):
     """Squared error of logits: a baseline that is expected to lose."""
 
+    later: ClassVar[frozenset[str]] = LossBase.later | {"affine"}
+
     name: Literal["logit_mse"]
+    affine: Literal["none", "learned"] = "none"
     teacher_std: TeacherStd = 1.0
     temperature: Positive | None = None
     train_scale: bool = False
@@ -209,8 +212,12 @@ class Hinge(_NoScores):
 class Momentum(_NoScores):
     """Momentum distillation over batch and queue (ALBEF, NeurIPS 2021), no teacher."""
 
+    of_training: ClassVar[frozenset[str]] = frozenset({"decay", "queue"})
+
     name: Literal["momentum"]
     alpha: Share = 0.4
+    decay: Share = Field(default=0.995, description="share of the slow copy's weights that a step keeps")
+    queue: Natural = Field(default=4096, description="older items of each side to compare with; 0 = the batch alone")
     temperature: Positive | None = None
     train_scale: bool = True
 

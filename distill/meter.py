@@ -1,0 +1,74 @@
+"""The log of a training: one JSON line every so many steps."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from distill.batches import StepBatch
+
+
+class Meter:
+    """Writes one line a log step: loss and its parts, the latest values, gradient norm, items a second, waiting."""
+
+    def __init__(self, path: Path, start: int, log_every: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path, self._log_every = path, log_every
+        _drop_lines_from(path, start)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._began, self._waited, self._items, self._steps = time.perf_counter(), 0.0, 0, 0
+        self._sums: dict[str, Tensor] = {}
+
+    def step(
+        self,
+        batch: StepBatch,
+        total: Tensor,
+        parts: Mapping[str, Tensor],
+        *,
+        values: Mapping[str, Any],
+        norm: Any,
+        waited: float,
+    ) -> dict[str, float] | None:
+        """Count a step; the line where one was due."""
+        for name, value in (("loss", total), *((f"loss/{name}", part) for name, part in parts.items())):
+            held = self._sums.get(name)
+            self._sums[name] = value.detach() if held is None else held + value.detach()
+        self._waited += waited
+        self._items += len(batch.image_ids) + len(batch.text_ids)
+        self._steps += 1
+        if (batch.step + 1) % self._log_every:
+            return None
+        seconds = time.perf_counter() - self._began
+        line = {name: float(value) / self._steps for name, value in self._sums.items()}
+        line |= {
+            **{name: float(value) for name, value in values.items()},
+            "grad_norm": float(norm) if norm is not None else float("nan"),
+            "items_per_second": self._items / seconds,
+            "waiting_share": self._waited / seconds,
+        }
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": batch.step + 1, **line}) + "\n")
+        self._clear()
+        return line
+
+
+def _drop_lines_from(path: Path, start: int) -> None:
+    """After a resume the steps since the checkpoint are run again: their old lines go, so that none stands twice."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= start:
+                kept.append(line)
+        except ValueError:  # the line that a kill cut short
+            continue
+    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
