@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from distill.data.corpus import Matches
+    from distill.false_negatives import Revision
 
 Source = Callable[[Ids], Inputs]
 Scores: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
@@ -75,6 +76,7 @@ class Grid:
     teacher: Tensor  # (Q, C) NaN = not asked
     positive: Tensor  # (Q, C) bool
     in_batch: Tensor  # (Q, C) bool: the item is one of the batch's own
+    valid: Tensor | None = None  # (Q, C) bool, False = left out as a suspected false negative; None = nothing is
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class Batches:
     candidates: tuple[CandidateSampler, ...] = ()
     maps: Callable[[Ids, Ids], tuple[Tensor, Tensor]] | None = None  # image ids (P,), text ids (P,) -> maps, tokens
     towers: tuple[Callable[[Ids, Ids], tuple[Tensor, Tensor]], ...] = ()  # image ids (N,), text ids (M,) -> vectors
+    revision: Revision | None = None  # what becomes of suspected false negatives
 
     def __getitem__(self, step: int) -> StepBatch:
         """The batch of a global step."""
@@ -121,7 +124,7 @@ class Batches:
             mined[direction] = np.unique(drawn[drawn >= 0])
         image_ids = np.union1d(own["i2t"], mined["t2i"])
         text_ids = np.union1d(own["t2i"], mined["i2t"])
-        grids = {direction: self._grid(direction, own, image_ids, text_ids) for direction in DIRECTIONS}
+        grids = {direction: self._grid(direction, own, image_ids, text_ids, step=step) for direction in DIRECTIONS}
         return StepBatch(
             step,
             image_ids,
@@ -137,7 +140,9 @@ class Batches:
             tuple(tower(image_ids, text_ids) for tower in self.towers),
         )
 
-    def _grid(self, direction: Direction, own: dict[Direction, Ids], image_ids: Ids, text_ids: Ids) -> Grid:
+    def _grid(
+        self, direction: Direction, own: dict[Direction, Ids], image_ids: Ids, text_ids: Ids, *, step: int
+    ) -> Grid:
         """Filled from what is known of each query: looking every cell up would cost more than the step's arithmetic."""
         import torch
 
@@ -155,7 +160,15 @@ class Batches:
             teacher[cells] = scores[kept]
         in_batch = np.tile(np.isin(items, own_items), (len(queries), 1))
         rows = np.searchsorted(on_query_side, queries)
-        return Grid(*(torch.from_numpy(array) for array in (rows, teacher, positive, in_batch)))
+        arrays = [rows, teacher, positive, in_batch]
+        if self.revision is not None:
+            offsets, revised, promoted = self.revision.of_queries(direction, queries, step)
+            (at_rows, at_columns), kept = _cells(offsets, revised, items)
+            valid = np.ones(teacher.shape, np.bool_)
+            positive[at_rows, at_columns] |= promoted[kept]
+            valid[at_rows, at_columns] = promoted[kept]
+            arrays.append(valid)
+        return Grid(*(torch.from_numpy(array) for array in arrays))
 
 
 def _cells(offsets: Ids, found: Ids, items: Ids) -> tuple[tuple[Ids, Ids], Mask]:

@@ -127,6 +127,21 @@ def search(
     typer.echo(f"picture: {sheet}")
 
 
+@app.command("false-negatives")
+def false_negatives(
+    run: Annotated[Path, typer.Argument(help="a run's folder, e.g. runs/quickstart")],
+    margin: Annotated[float | None, typer.Option("--margin", help="instead of the recipe's")] = None,
+    top: Annotated[int, typer.Option("--top", min=1, max=2000, help="most entries on the page")] = 100,
+) -> None:
+    """The run's candidates that the teacher puts above the labelled match: a table, and a page to review them."""
+    from distill.false_negatives_review import review
+
+    here = [f"runs={run.resolve().parent}", f"name={run.resolve().name}", "train.trackers=[]"]
+    lines, folder = review(_open(str(_recipe_of(run)), here), margin=margin, top=top)
+    typer.echo("\n".join(lines))
+    typer.echo(f"page: {folder / 'index.html'}, pairs: {folder / 'pairs.csv'}")
+
+
 @app.command()
 def recipes() -> None:
     """The shipped recipes, with the comment each opens with."""

@@ -42,6 +42,15 @@ class TeacherMargin:
         """(P,) True = drop.
 
         Raises:
+            ValueError: As ``compared``.
+        """
+        scores, best = self.compared(query_ids, item_ids)
+        return np.asarray(scores > best + self.margin)  # NaN compares False: kept
+
+    def compared(self, query_ids: Ids, item_ids: Ids) -> tuple[Vectors, Vectors]:
+        """Score of each pair (P,), and that of its query's best match (P,).
+
+        Raises:
             ValueError: No match of a query has a score, or a candidate has none where that is an error.
         """
         queries, place = np.unique(query_ids, return_inverse=True)
@@ -52,7 +61,7 @@ class TeacherMargin:
                 f"the teacher has not scored {int(unasked.sum())} of {len(scores)} candidates: score them first, or "
                 "keep those without a score (unasked='keep')"
             )
-        return np.asarray(scores > self._best_match(queries)[place] + self.margin)  # NaN compares False: kept
+        return scores, self._best_match(queries)[place]
 
     def _best_match(self, queries: Ids) -> Vectors:
         offsets, items = self.matches.of(self.direction, queries)

@@ -19,6 +19,7 @@ from distill.batches import Batches, PairScores
 from distill.durable import staged_folder, write_atomically
 from distill.protocols import DIRECTIONS, SIDES, Candidates, Direction, fingerprint
 from distill.sampler import BatchSampler, CandidateSampler
+from distill.suspecting import revision_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -179,11 +180,12 @@ def _phase(
 
     mined = mined or {}
     pairs = x.corpus.split_pairs("train")
-    known = None
+    known = revision = None
     if scores:
         note_what_is_asked(x, pairs, mined, stretch, folder / "metrics.jsonl")
         known = scores_of(x, pairs, mined)
         warn_of_odd_scores(pairs, known, mined, losses)
+        revision = revision_of(x, mined, known, stretch, metrics=folder / "metrics.jsonl")
     per_query, seed = x.recipe.train.candidates_per_query, x.recipe.seed
     wants_maps = "student_attention" in losses.needs
     towers = x.towers if losses.needs & TOWERS else ()
@@ -196,6 +198,7 @@ def _phase(
         tuple(CandidateSampler(found, per_query, seed) for found in mined.values()),
         pair_maps(x, pairs) if wants_maps else None,
         towers,
+        revision,
     )
     meaning = fingerprint(
         x.corpus.fingerprint,
@@ -206,6 +209,7 @@ def _phase(
         *(array for found in mined.values() for array in (found.query_ids, found.item_ids)),
         *((known.keys, known.scores) if known is not None else ()),
         *(tower.identity for tower in towers),
+        *((*revision.arrays, revision.keep_share) if revision is not None else ()),
     )
     return Phase(stretch.start, stretch.stop, batches, losses, meaning, *_of_training(towers, recipe_of_losses))
 
@@ -238,12 +242,15 @@ _MEANING_OF_TRAIN = {
 
 def candidates(x: Experiment, stretch: Stretch, *, student: Any, folder: Path) -> dict[Direction, Candidates]:
     """A round's hard candidates in both directions; the shared student mines the first round's, once for all arms."""
-    home = x.folder / SHARED if stretch.number == 1 else folder
-    paths: dict[Direction, Path] = {d: home / f"candidates-{stretch.number}-{d}.npz" for d in DIRECTIONS}
+    paths = _candidate_files(x.folder / SHARED if stretch.number == 1 else folder, stretch)
     if not all(path.is_file() for path in paths.values()):
         for direction, found in _mine(x, student).items():
             write_atomically(paths[direction], partial(_save, found))
     return {direction: _load(path, direction) for direction, path in paths.items()}
+
+
+def _candidate_files(home: Path, stretch: Stretch) -> dict[Direction, Path]:
+    return {d: home / f"candidates-{stretch.number}-{d}.npz" for d in DIRECTIONS}
 
 
 def _mine(x: Experiment, student: Any) -> dict[Direction, Candidates]:
@@ -289,6 +296,14 @@ def first_candidates(x: Experiment) -> dict[Direction, Candidates]:
     if checkpoint is not None:
         load_weights(checkpoint, student)
     return candidates(x, stretches(x)[1], student=student, folder=x.folder / SHARED)
+
+
+def mined_before(x: Experiment) -> dict[Direction, Candidates]:
+    """The first round's candidates as the run's folder holds them; FileNotFoundError where they were never mined."""
+    paths = _candidate_files(x.folder / SHARED, stretches(x)[1])
+    if not all(path.is_file() for path in paths.values()):
+        raise FileNotFoundError(f"{x.folder} has no mined candidates yet: distill run RECIPE --resume first")
+    return {direction: _load(path, direction) for direction, path in paths.items()}
 
 
 def first_scores(x: Experiment) -> PairScores:

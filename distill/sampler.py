@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -60,22 +61,25 @@ class CandidateSampler:
             )
         items = self.candidates.item_ids[rows]  # (Q, K)
         # one key a cell, so that a query's draw does not depend on which other queries share its batch
-        keys = _hash_uniform(self.seed, step, query_ids, items.shape[1])
+        keys = hash_uniform((self.seed, step), query_ids, items.shape[1])
         keys[items < 0] = 2.0  # missing candidates come last
         chosen = np.argsort(keys, axis=1, kind="stable")[:, : self.per_query]
         return np.take_along_axis(items, chosen, axis=1)
 
 
-def _hash_uniform(seed: int, step: int, queries: Ids, width: int) -> np.ndarray:
-    """Uniform numbers (Q, width) in [0, 1), each a function of (seed, step, query, column) alone: SplitMix64."""
-    start = np.random.default_rng([seed, step]).integers(0, 2**64, dtype=np.uint64)
+def hash_uniform(draw: Sequence[int], ids: Ids, width: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Uniform numbers (N, width) in [0, 1), each a function of (draw, id, column) alone: SplitMix64.
+
+    ``draw`` names what is drawn for: seed and step, and a number of its own for each further purpose.
+    """
+    start = np.random.default_rng(list(draw)).integers(0, 2**64, dtype=np.uint64)
     with np.errstate(over="ignore"):
-        x = start + queries.astype(np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15)
+        x = start + ids.astype(np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15)
         x = x + np.arange(width, dtype=np.uint64)[None, :] * np.uint64(0xD1B54A32D192ED03)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x = x ^ (x >> np.uint64(31))
-    return (x >> np.uint64(11)).astype(np.float64) / float(1 << 53)
+    return np.asarray((x >> np.uint64(11)).astype(np.float64) / float(1 << 53))
 
 
 def _some(ids: Sequence[int] | Ids, most: int = 5) -> str:

@@ -245,7 +245,7 @@ def _scored(similarity: Tensor, batch: StepBatch, direction: Direction, scale: T
         student=student,
         teacher=teacher,
         positive=grid.positive.to(device),
-        valid=torch.ones_like(student, dtype=torch.bool),
+        valid=torch.ones_like(student, dtype=torch.bool) if grid.valid is None else grid.valid.to(device),
         scale=scale,
         in_batch=grid.in_batch.to(device),
     )

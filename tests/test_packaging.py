@@ -102,6 +102,7 @@ def test_the_wheel_installs_into_a_fresh_environment(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("cross2dual-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "distill/recipes/quickstart.yaml" in names
+    assert "distill/report/false_negatives.html" in names
     assert not [name for name in names if name.startswith(("tests", "recipes/", "docs", "benchmarks"))]
     venv.create(tmp_path / "env", with_pip=False, system_site_packages=False)
     python = tmp_path / "env" / "bin" / "python"

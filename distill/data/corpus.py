@@ -68,6 +68,8 @@ class Corpus:
         pairs: (P, 2) labelled (image, text) pairs as given, a subset of the matches: what an epoch runs over.
         splits: The splits that have images. A text is in each split that one of its labelled images is in.
         skipped: What the source had and could not be used.
+        truth: Every pair that holds, where that is known exactly, as of made pictures; a superset of the matches. What
+            it has beyond them are false negatives. No part of the fingerprint: nothing but a report may read it.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Corpus:
     pairs: Ids
     splits: Mapping[str, Split]
     skipped: tuple[BadItem, ...] = ()
+    truth: Matches | None = None
 
     @property
     def n_images(self) -> int:

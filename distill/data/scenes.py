@@ -81,10 +81,18 @@ def make_scenes(
     captions_per_image: int = 2,
     size: int = 48,
     mix: SceneMix | None = None,
+    labelled_only: bool = False,
 ) -> Corpus:
     """The corpus of ``make_world``, which see."""
     return make_world(
-        images=images, val=val, test=test, seed=seed, captions_per_image=captions_per_image, size=size, mix=mix
+        images=images,
+        val=val,
+        test=test,
+        seed=seed,
+        captions_per_image=captions_per_image,
+        size=size,
+        mix=mix,
+        labelled_only=labelled_only,
     ).corpus
 
 
@@ -97,6 +105,7 @@ def make_world(
     captions_per_image: int = 2,
     size: int = 48,
     mix: SceneMix | None = None,
+    labelled_only: bool = False,
 ) -> World:
     """Draws scenes and writes their captions; the same arguments give the same bytes.
 
@@ -110,6 +119,8 @@ def make_world(
         captions_per_image: Captions written for each picture.
         size: Height and width in pixels.
         mix: What the scenes are like.
+        labelled_only: Only the picture that a caption was written for counts as its match, copies neither: as in found
+            data, other true pairs are then false negatives. ``Corpus.truth`` holds every true pair in either case.
 
     Raises:
         DataError: A count or size that makes no picture.
@@ -132,15 +143,17 @@ def make_world(
     splits = [split for split, count in counts.items() for _ in range(count)]
     rows = np.arange(len(captions), dtype=np.int64)
     contents = [content for _, _, content in made]
+    truth = truth_table(scenes, captions)
     corpus = build_corpus(
         "scenes",
         pictures_of_bytes(contents, names=names, fingerprints=[hashlib.sha256(c).hexdigest() for c in contents]),
         texts=[str(caption) for caption in captions],
         pairs=np.stack([rows // captions_per_image, rows], axis=1),
         image_splits=splits,
-        extra_matches=truth_table(scenes, captions).pairs(),
+        extra_matches=None if labelled_only else truth.pairs(),
+        copies_match=not labelled_only,
     )
-    return World(corpus, scenes, captions)
+    return World(replace(corpus, truth=truth), scenes, captions)
 
 
 @dataclass(frozen=True)

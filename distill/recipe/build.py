@@ -109,6 +109,7 @@ def _scenes(data: schema.ScenesData) -> Corpus:
         seed=data.seed,
         captions_per_image=data.captions_per_image,
         size=data.size,
+        labelled_only=data.matches == "labelled",
     )
 
 
@@ -119,6 +120,7 @@ def _read_options(data: schema.BadItems, cache: Path) -> ReadOptions:
         on_bad_item=data.on_bad_item,
         max_skip_rate=data.max_skip_rate,
         max_pixels=data.max_pixels,
+        copies_match=data.copies_match,
         cache=cache / "files",
     )
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from distill.recipe.basics import Grown
 from distill.recipe.ensemble import AnyTeacher
+from distill.recipe.false_negatives import FalseNegativesRecipe
 from distill.recipe.losses import Contrastive, LossPart
 from distill.recipe.schema import (
     Count,
@@ -122,8 +124,10 @@ class ArmRecipe(Strict):
         return self.reads_scores or "all" in scopes
 
 
-class Recipe(Strict):
+class Recipe(Grown):
     """One experiment."""
+
+    later: ClassVar[frozenset[str]] = frozenset({"false_negatives"})
 
     name: Name
     seed: Natural = 0
@@ -144,6 +148,7 @@ class Recipe(Strict):
     shared_losses: Losses = (Contrastive(name="contrastive"),)
     arms: Annotated[dict[Name, ArmRecipe], Field(min_length=1)]
     mine: MineRecipe = MineRecipe()
+    false_negatives: FalseNegativesRecipe = FalseNegativesRecipe()
     score: ScoreRecipe = ScoreRecipe()
     train: TrainRecipe = TrainRecipe()
     evaluate: EvaluateRecipe = EvaluateRecipe()
@@ -168,6 +173,23 @@ class Recipe(Strict):
             raise ValueError(
                 f"train.candidates_per_query is {self.train.candidates_per_query} but mine.k is only {self.mine.k}: "
                 "raise mine.k or lower train.candidates_per_query"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _false_negatives_can_be_found(self) -> Recipe:
+        if not self.false_negatives.active:
+            return self
+        if not any(arm.reads_scores for arm in self.arms.values()):
+            raise ValueError(
+                "false_negatives: they are found by the teacher's scores, but no arm has a loss that reads them: add "
+                "such a loss, or keep all three classes"
+            )
+        dropped, margin = self.mine.drop_above_positive, self.false_negatives.margin
+        if dropped is not None and dropped <= margin:
+            raise ValueError(
+                f"mine.drop_above_positive is {dropped} and false_negatives.margin {margin}: mining leaves out all "
+                "that could be found; remove mine.drop_above_positive, or keep all three classes of false_negatives"
             )
         return self
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
-from distill.recipe.basics import Positive, Share, Strict
+from distill.recipe.basics import Grown, Positive, Share, Strict
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 TeacherStd = Positive | Literal["row", "batch"]
@@ -29,12 +29,10 @@ class ScheduleRecipe(Strict):
         return self
 
 
-class LossBase(Strict):
+class LossBase(Grown):
     """One part of an arm's loss.
 
     Attributes:
-        later: options that came after runs had been made. They are written only where they are set, so that what such a
-            run trained keeps its meaning.
         of_training: options that the training reads, and the loss does not know.
         reads_vectors: whether the loss reads the vectors of the teacher's own contrastive towers.
     """
@@ -54,13 +52,3 @@ class LossBase(Strict):
     def given(self) -> dict[str, Any]:
         """Options to be passed to the loss."""
         return self.model_dump(exclude={"name", "weight", "schedule", *self.of_training})
-
-    @model_serializer(mode="wrap")
-    def _settings(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        written: dict[str, Any] = handler(self)
-        fields = type(self).model_fields
-        return {
-            name: value
-            for name, value in written.items()
-            if name not in self.later or getattr(self, name) != fields[name].default
-        }

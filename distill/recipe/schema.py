@@ -6,11 +6,11 @@ Its parts: ``basics``, ``teachers``, ``losses``; data and students are below.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from distill.recipe.basics import Count, Name, Natural, Positive, Share, Strict, Target, TinyTower
+from distill.recipe.basics import Count, Grown, Name, Natural, Positive, Share, Strict, Target, TinyTower
 from distill.recipe.teachers import (
     Blip2TeacherRecipe,
     BlipTeacherRecipe,
@@ -70,8 +70,10 @@ class BadItems(Strict):
     )
 
 
-class ScenesData(Strict):
+class ScenesData(Grown):
     """Made pictures of coloured shapes with captions that bind attributes and relations; needs no download."""
+
+    later: ClassVar[frozenset[str]] = frozenset({"matches"})
 
     source: Literal["scenes"]
     train: Count = 6000
@@ -80,6 +82,11 @@ class ScenesData(Strict):
     captions_per_image: Count = 2
     size: Annotated[int, Field(ge=24)] = 48
     seed: Natural = 0
+    matches: Literal["all", "labelled"] = Field(
+        default="all",
+        description="every true pair is a match; or, as in found data, only a caption's own picture: other true pairs "
+        "are then false negatives, in mining, training and evaluation alike",
+    )
 
 
 class KarpathyData(BadItems):

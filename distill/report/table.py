@@ -50,7 +50,7 @@ def show_table(
 
     console = console or Console()
     if not console.is_terminal:
-        for line in ([title] if title else []) + _plain_lines([heads, *body]):
+        for line in ([title] if title else []) + plain_lines([heads, *body]):
             console.out(line, highlight=False)
         return
     table = Table(title=escape(title) or None, title_justify="left")
@@ -92,7 +92,8 @@ def _number(value: float | None, form: str) -> str:
     return ABSENT if value is None or math.isnan(value) else format(value, form)
 
 
-def _plain_lines(lines: Sequence[Sequence[str]]) -> list[str]:
+def plain_lines(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Cells in aligned columns: the first to the left, the others to the right."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return [
         "  ".join(

@@ -1,0 +1,121 @@
+"""The suspected false negatives of an experiment's round, and what its training makes of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from distill.false_negatives import (
+    Judged,
+    Likeness,
+    NearLabelled,
+    Revision,
+    SameContent,
+    Suspects,
+    judged,
+    suspects,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from distill.batches import PairScores
+    from distill.experiment import Experiment
+    from distill.pipeline import Stretch
+    from distill.protocols import Candidates, Direction
+
+log = logging.getLogger(__name__)
+
+
+class SuspectingError(ValueError):
+    """A recipe asks for something that its teacher cannot give."""
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What was looked at and what was found."""
+
+    judged: dict[Direction, Judged]
+    suspects: dict[Direction, Suspects]
+    flat: int  # train pictures without a usable hash
+    pictures: int  # train pictures
+
+
+def find(
+    x: Experiment, mined: Mapping[Direction, Candidates], known: PairScores, *, margin: float | None = None
+) -> Found:
+    """The suspects among a round's candidates, by the recipe's thresholds; ``margin`` replaces the recipe's."""
+    recipe, corpus = x.recipe.false_negatives, x.corpus
+    same = SameContent(corpus.matches, corpus.image_fingerprints, corpus.texts)
+    likeness = _likeness(x)
+    near = NearLabelled(corpus.matches, likeness)
+    looked_at = {direction: judged(found, known.lookup, corpus.matches) for direction, found in mined.items()}
+    margin = recipe.margin if margin is None else margin
+    found = {
+        direction: suspects(those, direction, margin=margin, same=same, near=near)
+        for direction, those in looked_at.items()
+    }
+    flat = 0 if likeness.hashes is None else int(likeness.hashes.flat.sum())
+    return Found(looked_at, found, flat, len(corpus.split("train").images))
+
+
+def _likeness(x: Experiment) -> Likeness:
+    from distill.data.hashes import corpus_hashes
+    from distill.embed import NoContrastiveHeadError
+
+    recipe, rows = x.recipe.false_negatives, x.corpus.split("train").images
+    options: dict[str, Any] = {}
+    if recipe.hash_distance is not None:
+        options |= {"hashes": corpus_hashes(x.corpus, rows, x.cache), "hash_distance": recipe.hash_distance}
+    if recipe.embedding_cosine is not None:
+        try:
+            vectors = x.scorer.vectors({"image": rows})["image"]
+        except NoContrastiveHeadError as error:
+            raise SuspectingError(
+                "false_negatives.embedding_cosine compares pictures by the teacher's contrastive head, and this "
+                "teacher has none: set it to null and tell near-duplicates by hash_distance"
+            ) from error
+        options |= {"vectors": vectors, "vector_rows": rows, "cosine": recipe.embedding_cosine}
+    return Likeness(**options)
+
+
+def revision_of(
+    x: Experiment, mined: Mapping[Direction, Candidates], known: PairScores, stretch: Stretch, *, metrics: Path
+) -> Revision | None:
+    """What the recipe makes of the round's suspects; None, and nothing computed, where it keeps them all.
+
+    How many there are is logged, and written to ``metrics`` as one line.
+    """
+    recipe = x.recipe.false_negatives
+    if not recipe.active:
+        return None
+    found = find(x, mined, known)
+    for direction, those in found.suspects.items():
+        counts = ", ".join(
+            f"{count} {kind} ({treatment})"
+            for (kind, count), treatment in zip(those.counts().items(), recipe.treatments, strict=True)
+        )
+        log.info("false negatives, %s: of %d candidates %s", direction, those.candidates, counts)
+    _note(found, stretch, metrics)
+    return Revision.of(
+        list(found.suspects.values()),
+        recipe.treatments,
+        n_texts=x.corpus.n_texts,
+        keep_share=recipe.keep_share,
+        seed=x.recipe.seed,
+    )
+
+
+def _note(found: Found, stretch: Stretch, metrics: Path) -> None:
+    if metrics.exists() and f'"round": {stretch.number}, "false_negatives/' in metrics.read_text(encoding="utf-8"):
+        return  # the round was begun before
+    line: dict[str, int] = {"step": stretch.start, "round": stretch.number}
+    for direction, those in found.suspects.items():
+        line |= {f"false_negatives/{direction}/{kind}": count for kind, count in those.counts().items()}
+        line[f"candidates/{direction}"] = those.candidates
+    metrics.parent.mkdir(parents=True, exist_ok=True)
+    with metrics.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
