@@ -257,7 +257,7 @@ class _Shelf:
         return {image, *self._labelled("t2i", text)[0].tolist()}
 
     def _labelled(self, direction: Direction, query: int) -> tuple[Ids, int]:
-        """The labelled matches of an item that are shown, the best by the teacher first, and how many more there are."""
+        """The labelled matches of an item to show, the best by the teacher first, and how many more there are."""
         _, items = self._corpus.matches.of(direction, np.array([query]))
         scores = self._scores(direction, query, items)
         order = np.lexsort((items, np.where(np.isnan(scores), np.inf, -scores)))

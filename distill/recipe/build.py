@@ -100,7 +100,7 @@ def build_corpus(data: schema.Data, cache: Path) -> Corpus:
 
 
 def _scenes(data: schema.ScenesData) -> Corpus:
-    from distill.data.scenes import make_scenes
+    from distill.data.scenes import SceneMix, make_scenes
 
     return make_scenes(
         images=data.train,
@@ -109,6 +109,7 @@ def _scenes(data: schema.ScenesData) -> Corpus:
         seed=data.seed,
         captions_per_image=data.captions_per_image,
         size=data.size,
+        mix=SceneMix(vague=data.vague),
         labelled_only=data.matches == "labelled",
     )
 

@@ -22,7 +22,7 @@ class FalseNegativesRecipe(Strict):
         default=0.0, description="in units of the raw score: suspect is what the teacher puts more than this above"
     )
     hash_distance: Annotated[int, Field(ge=0, le=32)] | None = Field(
-        default=6, description="pictures are near-duplicates when so many of their 64 hash bits differ, or fewer"
+        default=8, description="pictures are near-duplicates when so many of their 64 hash bits differ, or fewer"
     )
     embedding_cosine: Annotated[float, Field(gt=0, le=1)] | None = Field(
         default=None, description="or when the teacher's contrastive head puts their cosine at this or above"

@@ -73,7 +73,7 @@ class BadItems(Strict):
 class ScenesData(Grown):
     """Made pictures of coloured shapes with captions that bind attributes and relations; needs no download."""
 
-    later: ClassVar[frozenset[str]] = frozenset({"matches"})
+    later: ClassVar[frozenset[str]] = frozenset({"matches", "vague"})
 
     source: Literal["scenes"]
     train: Count = 6000
@@ -86,6 +86,9 @@ class ScenesData(Grown):
         default="all",
         description="every true pair is a match; or, as in found data, only a caption's own picture: other true pairs "
         "are then false negatives, in mining, training and evaluation alike",
+    )
+    vague: Share = Field(
+        default=0.0, description="share of captions that leave out an attribute, so that they hold for more pictures"
     )
 
 
