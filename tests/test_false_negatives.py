@@ -306,9 +306,10 @@ def test_a_down_weighted_pair_is_there_in_its_share_of_the_steps() -> None:
     assert abs(shares.mean() - 0.7) < 4 * np.sqrt(0.21 / steps / len(keys))
     assert np.abs(shares - 0.7).max() < 5 * np.sqrt(0.21 / steps)
     other = Revision.of(found, ("keep", "keep", "down_weight"), n_texts=N_TEXTS, keep_share=0.3, seed=6)
-    assert other.of_queries("i2t", np.arange(N_IMAGES), 0)[1].tolist() != revision.of_queries(
-        "i2t", np.arange(N_IMAGES), 0
-    )[1].tolist()
+    assert (
+        other.of_queries("i2t", np.arange(N_IMAGES), 0)[1].tolist()
+        != revision.of_queries("i2t", np.arange(N_IMAGES), 0)[1].tolist()
+    )
 
 
 @pytest.mark.parametrize(("share", "there"), [(0.0, False), (1.0, True)])
