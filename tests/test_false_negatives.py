@@ -256,12 +256,12 @@ def test_each_cell_of_a_suspect_is_treated_and_no_other(plain: Batches) -> None:
     revised = pickle.loads(pickle.dumps(replace(plain, revision=revision)))
     treated = {"mask": set(), "promote": set()}
     for step in range(4):
+        unrevised = plain[step].grids
         for direction, image, text, grid, r, c in cells(revised, step):
-            before = plain[step].grids[direction] if (r, c) == (0, 0) else before
             kind = kind_of.get((image, text))
             assert bool(grid.valid[r, c]) == (kind != "same_image")
             assert bool(grid.positive[r, c]) == (kind == "near_duplicate" or text // CAPTIONS == image)
-            assert np.array_equal(grid.teacher[r, c], before.teacher[r, c], equal_nan=True)
+            assert np.array_equal(grid.teacher[r, c], unrevised[direction].teacher[r, c], equal_nan=True)
             for name, of in (("mask", "same_image"), ("promote", "near_duplicate")):
                 if kind == of:
                     treated[name].add((direction, bool(grid.in_batch[r, c])))

@@ -61,7 +61,7 @@ def test_a_bit_says_whether_a_low_frequency_lies_above_the_median() -> None:
     pixels = np.asarray(image, np.float64)
     basis = np.array([[np.cos(np.pi * (2 * n + 1) * k / 64) for n in range(32)] for k in range(32)])
     spectrum = basis @ pixels @ basis.T * np.outer(*2 * [np.where(np.arange(32) == 0, np.sqrt(1 / 32), 0.25)])
-    order = sorted(((r + c, r, c) for r in range(32) for c in range(32)))[1:65]
+    order = sorted((r + c, r, c) for r in range(32) for c in range(32))[1:65]
     low = [spectrum[r, c] for _, r, c in order]
     expected = sum(1 << place for place, value in enumerate(low) if value > np.median(low))
     assert int(perceptual_hashes([image.convert("RGB")])[0][0]) == expected
