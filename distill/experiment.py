@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from distill.batches import Source
     from distill.data.corpus import Corpus
     from distill.ensemble import EnsembleParts
+    from distill.false_negatives import Likeness
     from distill.features import Features
     from distill.losses.combine import Weighted
     from distill.scorer import Scorer, TeacherScorer
@@ -233,6 +234,13 @@ class Experiment:
     def ask(self, image_ids: Ids, text_ids: Ids) -> np.ndarray[Any, np.dtype[np.float32]]:
         """The scores (P,) of pairs, by the teacher or the ensemble; only what no store holds is computed."""
         return self.scorer.ask(image_ids, text_ids)
+
+    @cached_property
+    def likeness(self) -> Likeness:
+        """When two training pictures are near-duplicates, by the recipe's thresholds."""
+        from distill.suspecting import likeness_of
+
+        return likeness_of(self)
 
     def train_settings(self) -> TrainSettings:
         """Schedule and sizes of every student's training."""

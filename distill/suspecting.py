@@ -50,19 +50,23 @@ def find(
     """The suspects among a round's candidates, by the recipe's thresholds; ``margin`` replaces the recipe's."""
     recipe, corpus = x.recipe.false_negatives, x.corpus
     same = SameContent(corpus.matches, corpus.image_fingerprints, corpus.texts)
-    likeness = _likeness(x)
-    near = NearLabelled(corpus.matches, likeness)
+    near = NearLabelled(corpus.matches, x.likeness)
     looked_at = {direction: judged(found, known.lookup, corpus.matches) for direction, found in mined.items()}
     margin = recipe.margin if margin is None else margin
     found = {
         direction: suspects(those, direction, margin=margin, same=same, near=near)
         for direction, those in looked_at.items()
     }
-    flat = 0 if likeness.hashes is None else int(likeness.hashes.flat.sum())
+    flat = 0 if x.likeness.hashes is None else int(x.likeness.hashes.flat.sum())
     return Found(looked_at, found, flat, len(corpus.split("train").images))
 
 
-def _likeness(x: Experiment) -> Likeness:
+def likeness_of(x: Experiment) -> Likeness:
+    """When two training pictures are near-duplicates; hashes come from the cache, vectors from the teacher.
+
+    Raises:
+        SuspectingError: vectors are wanted and the teacher has none.
+    """
     from distill.data.hashes import corpus_hashes
     from distill.embed import NoContrastiveHeadError
 
