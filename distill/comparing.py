@@ -8,7 +8,6 @@ import os
 import platform
 from dataclasses import dataclass
 from importlib.metadata import version
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,14 @@ import numpy as np
 
 from distill.asking import labelled_match
 from distill.cells import Cost, Job
-from distill.compare import Cell, Comparison, CorpusFacts, Example, FailedCell, Found, Item, TeacherFacts
+from distill.compare import (
+    Cell,
+    Comparison,
+    CorpusFacts,
+    FailedCell,
+    TeacherFacts,
+)
+from distill.contrasts import contrasts
 from distill.evaluate import Agreement, agreement, scores_of
 from distill.exact import similarity_rows
 from distill.gap import gap_report
@@ -35,8 +41,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
-EXAMPLES = 8
-THUMB = 160  # pixels, of the longer side
 _LIBRARIES = ("cross2dual", "torch", "transformers", "accelerate", "faiss-cpu", "faiss-gpu", "numpy", "scipy")
 
 
@@ -106,6 +110,7 @@ def gather(plan: Plan) -> Comparison:
     labelled = labelled_match(x.corpus.split_pairs(split.name), "t2i", split.texts)
     first_seed = next(iter(plan.runs))
     shown = {cell.arm: cell for cell in cells if cell.seed == first_seed}
+    answers = {arm: (cell.evaluation, tops[arm, first_seed]) for arm, cell in shown.items()}
     return Comparison(
         title=f"{x.recipe.teacher.kind} teacher on {x.corpus.name}: losses compared",
         command=plan.command,
@@ -123,7 +128,7 @@ def gather(plan: Plan) -> Comparison:
         failed=_failed(plan),
         same=_same(plan),
         gap=_gaps(plan, shown, theirs),
-        examples=_examples(plan, shown, {arm: tops[arm, first_seed] for arm in shown}),
+        examples=contrasts(x, split, answers, seed=first_seed),
         environment=_environment(plan),
     )
 
@@ -234,71 +239,6 @@ def _gaps(plan: Plan, shown: Mapping[str, Cell], theirs: Evaluation) -> dict[str
         )
         for arm in names
     }
-
-
-def _examples(plan: Plan, shown: Mapping[str, Cell], tops: Mapping[str, Mapping[Direction, Ids]]) -> list[Example]:
-    """Queries that some arms answer right and others furthest from it, both directions in turn, no image twice."""
-    if len(shown) < 2:
-        return []
-    found, seen = list[Example](), set[int]()
-    order = {direction: _by_disagreement(shown, direction) for direction in DIRECTIONS}
-    for place in range(min(len(one) for one in order.values())):
-        for direction in reversed(DIRECTIONS):
-            example = _example(plan, shown, tops, direction=direction, row=int(order[direction][place]))
-            true = example.query.id if direction == "i2t" else example.true[0].id
-            if true not in seen:
-                seen.add(true)
-                found.append(example)
-            if len(found) == EXAMPLES:
-                return found
-    return found
-
-
-def _by_disagreement(shown: Mapping[str, Cell], direction: Direction) -> Ids:
-    """Rows of queries, those first whose rank of the true item differs most among arms on a logarithmic scale."""
-    ranks = np.log(np.stack([cell.evaluation.queries(direction)[1] for cell in shown.values()]))
-    hit = (ranks == 0).any(axis=0)  # one arm at least is right
-    return np.asarray(np.argsort(-np.where(hit, ranks.std(axis=0), -1), kind="stable"), np.int64)
-
-
-def _example(
-    plan: Plan,
-    shown: Mapping[str, Cell],
-    tops: Mapping[str, Mapping[Direction, Ids]],
-    *,
-    direction: Direction,
-    row: int,
-) -> Example:
-    x, split = plan.first, plan.split
-    query_side, item_side = SIDES if direction == "i2t" else SIDES[::-1]
-    query = int((split.images if direction == "i2t" else split.texts)[row])
-    inside = split.texts if direction == "i2t" else split.images
-    matches = x.corpus.matches
-    true = np.intersect1d(matches.texts_of(query) if direction == "i2t" else matches.images_of(query), inside)
-    labelled = labelled_match(x.corpus.split_pairs(split.name), direction, np.asarray([query]))
-    true = np.concatenate([labelled, true[true != labelled[0]]])[:5]
-    answers = {}
-    for arm, cell in shown.items():
-        best = int(tops[arm][direction][row])
-        rank = int(cell.evaluation.queries(direction)[1][row])
-        answers[arm] = Found(_item(x, item_side, best), rank == 1, rank)
-    return Example(
-        direction,
-        _item(x, query_side, query),
-        [_item(x, item_side, int(one)) for one in true],
-        answers,
-        seed=next(iter(plan.runs)),
-    )
-
-
-def _item(x: Experiment, side: Side, row: int) -> Item:
-    if side == "text":
-        return Item(row, x.corpus.texts[row])
-    (picture,) = x.corpus.load_images(np.asarray([row]))
-    picture.thumbnail((THUMB, THUMB))
-    file = BytesIO()
-    picture.save(file, format="JPEG", quality=80)
-    return Item(row, x.corpus.image_names[row], file.getvalue())
 
 
 def _environment(plan: Plan) -> dict[str, str]:

@@ -107,10 +107,11 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, text: str) -> None:
 
 def test_the_schema_s_loss_options_are_those_of_the_losses() -> None:
     assert _CLASS_OF_LOSS
-    kept = ("name", "weight", "schedule")  # of the part, not of the loss
+    of_part = {"name", "weight", "schedule"}
     for name, class_name in _CLASS_OF_LOSS.items():
         model = next(m for m in vars(schema).values() if getattr(m, "__name__", "").lower() == name.replace("_", ""))
-        options = {field: info.default for field, info in model.model_fields.items() if field not in kept}
+        kept = model.model_fields.keys() - of_part - model.of_training
+        options = {field: model.model_fields[field].default for field in kept}
         fields = dataclasses.fields(getattr(distill.losses, class_name))
         assert options == {field.name: field.default for field in fields}, name
 
