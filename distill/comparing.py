@@ -79,11 +79,14 @@ class Plan:
         return Job(self.runs[seed].folder, arm, "train")
 
     def waves(self) -> list[list[Job]]:
-        """First what the cells of each seed share, then the cells."""
-        arms = self.first.recipe.arms.values()
-        stage = "score" if any(arm.reads_scores for arm in arms) else "mine"
+        """What the cells of each seed share comes first: shared steps, candidates, scores; then the cells."""
+        arms = self.first.recipe.arms
+        cells = {arm: [self.job(arm, seed) for seed in self.runs] for arm in arms}
+        if not any(arm.uses_candidates for arm in arms.values()):  # the undistilled cells make the shared steps
+            return [cells.pop(self.plain), [job for jobs in zip(*cells.values(), strict=True) for job in jobs]]
+        stage = "score" if any(arm.reads_scores for arm in arms.values()) else "mine"
         shared = [Job(x.folder, SHARED, stage) for x in self.runs.values()]
-        return [shared, [self.job(arm, seed) for seed in self.runs for arm in self.arms]]
+        return [shared, [job for jobs in zip(*cells.values(), strict=True) for job in jobs]]
 
 
 def gather(plan: Plan) -> Comparison:

@@ -214,12 +214,11 @@ def _step_loss(
     if out.images is None or out.texts is None:
         raise TrainingError("the student gave no embeddings for one side")
     _check_embeddings(out, batch)
-    similarity = out.images.float() @ out.texts.float().T  # (N, M)
     extras = extras_of_step(out, batch, losses.needs, device, followed=phase.followed)
     beside = companion.extras(out, batch, phase.batches.matches, accelerator.autocast)
     parts: dict[str, Tensor] = {}
     for direction, grid in batch.grids.items():
-        scored = _scored(similarity if direction == "i2t" else similarity.T, batch, direction, out.scale)
+        scored = _scored(_similarity(out, batch, direction), batch, direction, out.scale)
         scored = replace(
             scored, extras=extras | beside[direction] | extras_of_direction(batch, direction, losses, device)
         )
@@ -233,14 +232,23 @@ def _step_loss(
     return losses.total(parts, progress), parts, out.scale.detach()
 
 
-def _scored(similarity: Tensor, batch: StepBatch, direction: Direction, scale: Tensor) -> Scored:
-    grid, device = batch.grids[direction], similarity.device
+def _similarity(out: Embeddings, batch: StepBatch, direction: Direction) -> Tensor:
+    """Cosines (Q, C) of a direction's queries with all items of the step; mined items ask nothing themselves."""
+    assert out.images is not None
+    assert out.texts is not None
+    asking, items = (out.images, out.texts) if direction == "i2t" else (out.texts, out.images)
+    rows = batch.grids[direction].rows.to(asking.device)
+    return asking.float()[rows] @ items.float().T
+
+
+def _scored(student: Tensor, batch: StepBatch, direction: Direction, scale: Tensor) -> Scored:
+    """``student``: cosines (Q, C) of the direction's grid."""
+    grid, device = batch.grids[direction], student.device
     teacher = grid.teacher.to(device)
     if torch.isinf(teacher).any():
         raise TrainingError(
             f"step {batch.step}: the teacher's scores hold infinities; delete the store of that teacher and score again"
         )
-    student = similarity[grid.rows.to(device)]
     return Scored(
         student=student,
         teacher=teacher,

@@ -330,7 +330,7 @@ def test_losses_see_the_mask_and_a_sum_over_negatives_is_weighted_on_average(pla
     for step in range(300):
         batch = replace(plain, revision=revision)[step]
         here = similarity[batch.image_ids][:, batch.text_ids]
-        scored = _scored(here, batch, "i2t", torch.ones(()))
+        scored = _scored(here[batch.grids["i2t"].rows], batch, "i2t", torch.ones(()))
         assert torch.equal(scored.valid, batch.grids["i2t"].valid)
         negative = scored.valid & ~scored.positive
         sums.append(float((scored.student.exp() * negative).sum()))

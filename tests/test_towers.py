@@ -172,7 +172,8 @@ def scored_of(step, extras):
     from distill.train import _scored
 
     student = ToyStudent()(step.images, step.texts)
-    return replace(_scored(student.images @ student.texts.T, step, "i2t", student.scale), extras=extras)
+    cosines = (student.images @ student.texts.T)[step.grids["i2t"].rows]
+    return replace(_scored(cosines, step, "i2t", student.scale), extras=extras)
 
 
 def test_embeddings_are_those_of_the_steps_items_and_the_students_carry_gradient(batches: Batches) -> None:

@@ -16,9 +16,9 @@ from distill.batches import Batches, PairScores
 from distill.checkpoint import latest_checkpoint, step_of
 from distill.embed import live_source
 from distill.losses import KL, Contrastive, Part, Weighted
-from distill.protocols import Scored
+from distill.protocols import Embeddings, Scored
 from distill.sampler import BatchSampler
-from distill.train import Phase, TrainingError, TrainSettings, train
+from distill.train import Phase, TrainingError, TrainSettings, _similarity, train
 from tests.toys import ToyStudent, expected_scores, toy_corpus
 
 SETTINGS = TrainSettings(
@@ -167,3 +167,17 @@ def test_the_rate_rises_then_falls_to_zero() -> None:
     assert rates[1] == rates[2] == pytest.approx(0.05)
     assert all(a > b for a, b in zip(rates[2:], rates[3:], strict=False))
     assert rates[12] == pytest.approx(0.0)
+
+
+def test_similarities_are_those_of_the_grid_s_queries_with_every_item_of_the_step() -> None:
+    step = batches(ToyStudent())[0]
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(len(step.image_ids), 3, generator=generator)
+    texts = torch.randn(len(step.text_ids), 3, generator=generator)
+    out = Embeddings(images, texts, torch.ones(()))
+    for direction, asking, items in (("i2t", images, texts), ("t2i", texts, images)):
+        found = _similarity(out, step, direction)
+        assert found.shape == step.grids[direction].teacher.shape
+        for place, row in enumerate(step.grids[direction].rows.tolist()):
+            for column in range(len(items)):
+                assert found[place, column].item() == pytest.approx(float(asking[row] @ items[column]), abs=1e-5)
