@@ -114,7 +114,7 @@ def run_cells(
     What failed is noted and the others go on; in later waves, jobs of a run whose shared part failed are left out.
     ``program``: what a job's command is given to.
     """
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // jobs))
     crew, costs, broken = _Crew(program, threads), dict[str, Cost](), set[Path]()
     total = sum(len(wave) for wave in waves)
     began = time.monotonic()
@@ -187,7 +187,7 @@ class _Crew:
     def _wait(self, job: Job, lock: int) -> tuple[int, int]:
         """Exit code (below 0: minus the signal) and peak resident bytes of the job's process, which holds the lock."""
         command = [*self._program, *job.command()]
-        given = {name: os.environ.get(name, str(self._threads)) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        given = {"OMP_NUM_THREADS": str(self._threads)}  # what torch and its matrix library heed
         with job.log.open("ab") as said:
             said.write(f"$ {shlex.join(['distill', *job.command()])}\n".encode())
             said.flush()

@@ -150,7 +150,7 @@ def _vectors(plan: Plan, arm: str, seed: int) -> dict[Side, Vectors]:
         made = student_vectors(plan.runs[seed], folder.parent / "student", plan.split)
         save_indexes(made, plan.split, folder)
         return made
-    return {side: VectorIndex.load(folder / side, device="cpu").vectors for side in SIDES}
+    return {side: VectorIndex.load(folder / side, device="cpu").vectors() for side in SIDES}
 
 
 def _cell(plan: Plan, arm: str, seed: int, *, evaluation: Evaluation, agreed: Mapping[Direction, Agreement]) -> Cell:

@@ -56,10 +56,9 @@ class VectorIndex:
         """Width D of the vectors."""
         return int(self._vectors.shape[1])
 
-    @property
     def vectors(self) -> Vectors:
-        """(N, D) the items' vectors, in the order of ``ids``."""
-        return self._vectors
+        """A copy (N, D) of the items' vectors, in the order of ``ids``: the memory of a flat index is FAISS's own."""
+        return np.array(self._vectors)
 
     @property
     def max_k(self) -> int | None:

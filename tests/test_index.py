@@ -1,5 +1,6 @@
 """The index against numpy and against exact rational arithmetic on small whole numbers."""
 
+import gc
 import json
 import os
 import subprocess
@@ -302,3 +303,14 @@ def test_importing_is_cheap():
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_vectors_outlive_the_index_they_came_from(tmp_path):
+    made = np.random.default_rng(0).normal(size=(5000, 64)).astype(np.float32)
+    ids = np.arange(5000)[::-1].copy()
+    VectorIndex.build(made, ids).save(tmp_path / "index")
+    kept = [VectorIndex.load(tmp_path / "index", device="cpu").vectors() for _ in range(3)]
+    gc.collect()
+    np.random.default_rng(1).normal(size=(50, 5000, 8))  # writes over memory that was given back
+    for vectors in kept:
+        np.testing.assert_array_equal(vectors, made[::-1])

@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["data.train=60", "data.val=20", "data.test=20", "train.batch_size=16", "teach.batch_size=16"]
 
 
-def distill(*arguments: str, folder: Path, settings: list[str] = SMALL) -> subprocess.CompletedProcess[str]:
+def distill(
+    *arguments: str, folder: Path, settings: list[str] = SMALL, threads: int = 2
+) -> subprocess.CompletedProcess[str]:
     """Run the command as a user does, in a folder of the test's."""
     overrides = [f"--set={item}" for item in [*settings, f"runs={folder / 'runs'}", f"cache={folder / 'cache'}"]]
     search = arguments and arguments[0] == "search"
@@ -23,7 +25,7 @@ def distill(*arguments: str, folder: Path, settings: list[str] = SMALL) -> subpr
         capture_output=True,
         text=True,
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)},
         check=False,
     )
 
