@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from distill.compare import Comparison
     from distill.comparing import Plan
     from distill.experiment import Experiment
-    from distill.recipe.experiment import Recipe
+    from distill.recipe.experiment import ArmRecipe, Recipe
 
 log = logging.getLogger(__name__)
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="a file, or the name of a shipped recipe")]
@@ -95,9 +95,18 @@ def _plan(opening: Opening, base: Experiment, losses: list[str], *, seeds: int, 
     teacher = taught_teacher(x) if recipe.teach is not None else None
     runs = {}
     for seed in range(recipe.seed, recipe.seed + seeds):
-        runs[seed] = opening.of(seed_recipe(recipe, seed, folder=folder, teacher=teacher))
+        own = seed_recipe(recipe, seed, folder=folder, teacher=teacher)
+        runs[seed] = opening.of(own.model_copy(update={"arms": _earlier_arms(own.folder) | own.arms}))
         claim(runs[seed], resume=True)
     return Plan(runs, {name: describe(arm) for name, arm in recipe.arms.items()}, plain)
+
+
+def _earlier_arms(run: Path) -> dict[str, ArmRecipe]:
+    """Arms of an earlier comparison in the same folder: they stay there, whether they are asked for now or not."""
+    from distill.recipe.load import load_recipe
+
+    path = run / "recipe.yaml"
+    return dict(load_recipe(str(path)).arms) if path.is_file() else {}
 
 
 def _forget(plan: Plan, redo: list[str]) -> None:

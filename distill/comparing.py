@@ -80,7 +80,7 @@ class Plan:
 
     def waves(self) -> list[list[Job]]:
         """What the cells of each seed share comes first: shared steps, candidates, scores; then the cells."""
-        arms = self.first.recipe.arms
+        arms = {name: self.first.recipe.arms[name] for name in self.arms}
         cells = {arm: [self.job(arm, seed) for seed in self.runs] for arm in arms}
         if not any(arm.uses_candidates for arm in arms.values()):  # the undistilled cells make the shared steps
             return [cells.pop(self.plain), [job for jobs in zip(*cells.values(), strict=True) for job in jobs]]

@@ -124,6 +124,10 @@ def test_another_loss_joins_and_nothing_is_trained_twice_though_one_cell_fails(c
     assert set(after) - set(before) == {f"seed-{n}/arms/hinge/student/model.safetensors" for n in (0, 1)}
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
     assert "a loss of the user" in (home(folder) / "compare.html").read_text()
+    fewer = distill(*arguments("hinge"), "--gap-queries=10", folder=folder, settings=SETTINGS)
+    assert fewer.returncode == 0, fewer.stderr
+    assert set(weights(folder)) == set(after), "what is not asked for stays"
+    assert "half" not in (home(folder) / "compare.md").read_text()
 
 
 @pytest.mark.slow

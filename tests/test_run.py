@@ -25,6 +25,7 @@ TINY = [
     "teach.batch_size=16",
     "teach.steps=6",
     "train.steps=24",
+    "train.shared=0.4",
     "train.rounds=2",
     "train.checkpoint_every=3",
     "train.log_every=3",
@@ -36,6 +37,7 @@ TINY = [
     "teacher.text.layers=1",
     "student.vision.layers=1",
     "student.text.layers=1",
+    "arms.distilled={losses: [{name: contrastive}, {name: kl, teacher_temperature: 2.0}]}",
     "arms.maps={losses: [{name: contrastive}, {name: cprd}, {name: margin_mse, weight: 0.01}, {name: attention}]}",
     "arms.beside={losses: [{name: contrastive}, {name: momentum, queue: 40, decay: 0.9}, {name: affinity},"
     " {name: embedding_match}, {name: logit_mse, affine: learned, weight: 0.01}]}",
