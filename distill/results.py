@@ -79,16 +79,19 @@ def rerank_shortlists(
     rows: dict[Side, Ids] = {"image": split.images, "text": split.texts}
     try:
         first = x.scorer.vectors(rows)
+        whose = "the teacher's contrastive head"
     except NoContrastiveHeadError:
         if fallback is None:
             raise
         log.info("the teacher has no contrastive head: it re-ranks the shortlist of %s", fallback)
         first = student_vectors(x, fallback, split)
+        whose = str(fallback)
+    before = evaluate(x, first, split)
+    log.info("%s alone, before re-ranking: RSUM %.1f on %s", whose, before.retrieval.rsum, split.name)
     lists = _shortlists(x, first, split)
     images, texts = (np.concatenate(ids) for ids in zip(*(found.pairs() for found in lists.values()), strict=True))
     x.ask(images, texts)
-    found = evaluate_reranked(evaluate(x, first, split), i2t=lists["i2t"], t2i=lists["t2i"], lookup=x.scorer.lookup)
-    return found, lists
+    return evaluate_reranked(before, i2t=lists["i2t"], t2i=lists["t2i"], lookup=x.scorer.lookup), lists
 
 
 def report_teacher(x: Experiment, *, split: str) -> None:

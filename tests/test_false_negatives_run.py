@@ -31,16 +31,18 @@ from tests.data.making import encoded
 from tests.toys import ToyTeacher
 
 LABELLED = {"train": 80, "val": 12, "test": 12, "matches": "labelled", "vague": 1.0}
+ARMS = "arms={plain: {losses: [{name: contrastive}]}, distilled: {losses: [{name: contrastive}, {name: margin_mse}]}}"
 TINY = [
     *(f"data.{name}={value}" for name, value in LABELLED.items()),
     "teach=null",
     "teacher={kind: custom, target: 'tests.test_false_negatives_run:TeacherOfScenes'}",
-    "arms={plain: {losses: [{name: contrastive}]}, distilled: {losses: [{name: contrastive}, {name: margin_mse}]}}",
+    ARMS,
     "student.vision.layers=1",
     "student.text.layers=1",
     "student.vision.width=16",
     "student.text.width=16",
     "train.steps=10",
+    "train.shared=0.4",
     "train.batch_size=16",
     "train.rounds=2",
     "train.log_every=1",
@@ -101,8 +103,8 @@ def test_a_treatment_that_could_do_nothing_is_refused() -> None:
     with pytest.raises(RecipeError, match="no arm has a loss that reads them"):
         load_recipe("quickstart", [mask, "arms={plain: {losses: [{name: contrastive}]}}"])
     with pytest.raises(RecipeError, match="mining leaves out all that could be found"):
-        load_recipe("quickstart", [mask, "mine.drop_above_positive=0"])
-    assert load_recipe("quickstart", [mask, "mine.drop_above_positive=1"]).false_negatives.active
+        load_recipe("quickstart", [mask, ARMS, "mine.drop_above_positive=0"])
+    assert load_recipe("quickstart", [mask, ARMS, "mine.drop_above_positive=1"]).false_negatives.active
 
 
 def test_what_is_not_said_is_not_written() -> None:

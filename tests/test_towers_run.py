@@ -59,7 +59,7 @@ TOY = ["teach=null", "teacher={kind: custom, target: 'tests.test_towers:ReadsAny
         ([*CUSTOM, f"arms={{{AFFINITY}}}"], "arms.a: affinity reads the vectors .* custom has no contrastive head"),
         (
             [*TOY, f"arms={{{MATCH}}}"],
-            "vectors have 32 numbers and the teacher's 2: set student.projection_dim",
+            "vectors have 64 numbers and the teacher's 2: set student.projection_dim",
         ),
         (
             [*TOY, "arms={a: {losses: [{name: affinity, teacher_scales: [1, 2]}]}}"],

@@ -31,6 +31,7 @@ def distill(
 
 
 ATTENTION = "arms={plain: {losses: [{name: contrastive}]}, a: {losses: [{name: attention}]}}"
+READS_SCORES = "arms.distilled.losses=[{name: contrastive}, {name: kl}]"
 MAPLESS = "teacher={kind: custom, target: 'tests.toys:ToyTeacher'}"
 
 
@@ -39,7 +40,7 @@ MAPLESS = "teacher={kind: custom, target: 'tests.toys:ToyTeacher'}"
     [
         (["train.stepz=5"], "train.stepz: unknown key; did you mean steps?"),
         (["train.steps=many"], "train.steps: Input should be a valid integer"),
-        (["mine.k=500"], "mine.k (i2t):"),
+        ([READS_SCORES, "mine.k=500"], "mine.k (i2t):"),
         (["train.batch_size=1000"], "train.batch_size is 1000 but the training split has 120 pairs"),
         (
             [ATTENTION, MAPLESS, "teach=null"],
@@ -78,7 +79,7 @@ def test_a_run_folder_is_neither_overwritten_nor_gone_on_with_under_another_reci
     assert "add --resume" in again.stderr
     other = distill("run", "quickstart", "--resume", folder=tmp_path, settings=[*SMALL, *quick, "train.lr=0.5"])
     assert other.returncode == 2
-    assert "train.lr: was 0.001, now 0.5" in other.stderr
+    assert "train.lr: was 0.004, now 0.5" in other.stderr
 
 
 def test_search_in_what_is_no_run_says_what_was_expected(tmp_path: Path) -> None:
