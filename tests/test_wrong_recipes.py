@@ -79,7 +79,7 @@ def test_a_run_folder_is_neither_overwritten_nor_gone_on_with_under_another_reci
     assert "add --resume" in again.stderr
     other = distill("run", "quickstart", "--resume", folder=tmp_path, settings=[*SMALL, *quick, "train.lr=0.5"])
     assert other.returncode == 2
-    assert "train.lr: was 0.004, now 0.5" in other.stderr
+    assert "train.lr: was 0.002, now 0.5" in other.stderr
 
 
 def test_search_in_what_is_no_run_says_what_was_expected(tmp_path: Path) -> None:
