@@ -118,7 +118,7 @@ def run_cells(
     crew, costs, broken = _Crew(program, threads), dict[str, Cost](), set[Path]()
     total = sum(len(wave) for wave in waves)
     began = time.monotonic()
-    with crew, ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(jobs) as pool, crew:  # the crew ends first: else the pool would wait for its processes
         for wave in waves:
             todo = [job for job in wave if job.run not in broken]
             for job, cost in zip(todo, pool.map(crew.run, todo), strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from distill.experiment import Experiment
     from distill.recipe.experiment import ArmRecipe, Recipe
 
-log = logging.getLogger(__name__)
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="a file, or the name of a shipped recipe")]
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a value, e.g. --set train.steps=400")

@@ -15,13 +15,7 @@ import numpy as np
 
 from distill.asking import labelled_match
 from distill.cells import Cost, Job
-from distill.compare import (
-    Cell,
-    Comparison,
-    CorpusFacts,
-    FailedCell,
-    TeacherFacts,
-)
+from distill.compare import Cell, Comparison, CorpusFacts, FailedCell, TeacherFacts
 from distill.contrasts import contrasts
 from distill.evaluate import Agreement, agreement, scores_of
 from distill.exact import similarity_rows
@@ -29,7 +23,7 @@ from distill.gap import gap_report
 from distill.index import VectorIndex
 from distill.pipeline import SHARED
 from distill.progress import track
-from distill.protocols import DIRECTIONS, SIDES, Candidates, Direction, Ids, Side
+from distill.protocols import DIRECTIONS, SIDES, Candidates, Direction, Ids, Side, sides_of
 from distill.results import evaluate, rerank_shortlists, save_indexes, student_vectors
 
 if TYPE_CHECKING:
@@ -80,13 +74,14 @@ class Plan:
 
     def waves(self) -> list[list[Job]]:
         """What the cells of each seed share comes first: shared steps, candidates, scores; then the cells."""
-        arms = {name: self.first.recipe.arms[name] for name in self.arms}
-        cells = {arm: [self.job(arm, seed) for seed in self.runs] for arm in arms}
-        if not any(arm.uses_candidates for arm in arms.values()):  # the undistilled cells make the shared steps
-            return [cells.pop(self.plain), [job for jobs in zip(*cells.values(), strict=True) for job in jobs]]
-        stage = "score" if any(arm.reads_scores for arm in arms.values()) else "mine"
-        shared = [Job(x.folder, SHARED, stage) for x in self.runs.values()]
-        return [shared, [job for jobs in zip(*cells.values(), strict=True) for job in jobs]]
+        arms = [self.first.recipe.arms[name] for name in self.arms]
+        if not any(arm.uses_candidates for arm in arms):  # the undistilled cells make the shared steps
+            shared = [self.job(self.plain, seed) for seed in self.runs]
+        else:
+            stage = "score" if any(arm.reads_scores for arm in arms) else "mine"
+            shared = [Job(x.folder, SHARED, stage) for x in self.runs.values()]
+        cells = [self.job(arm, seed) for seed in self.runs for arm in self.arms]
+        return [shared, [job for job in cells if job not in shared]]
 
 
 def gather(plan: Plan) -> Comparison:
@@ -177,7 +172,7 @@ def _lines(path: Path) -> list[dict[str, float]]:
 
 def _agreement(listed: Candidates, scores: Vectors, vectors: Mapping[Side, Vectors], split: Split) -> Agreement:
     """Of a student with the teacher, on the teacher's own shortlist of every query."""
-    query, item = SIDES if listed.direction == "i2t" else SIDES[::-1]
+    query, item = sides_of(listed.direction)
     rows = split.images if item == "image" else split.texts
     there = listed.item_ids >= 0
     places = np.searchsorted(rows, np.where(there, listed.item_ids, rows[0]))
@@ -189,7 +184,7 @@ def _firsts(vectors: Mapping[Side, Vectors], split: Split) -> dict[Direction, Id
     """The item that each query of the split is answered with first."""
     found: dict[Direction, Ids] = {}
     for direction in DIRECTIONS:
-        query, item = SIDES if direction == "i2t" else SIDES[::-1]
+        query, item = sides_of(direction)
         rows = split.texts if item == "text" else split.images
         found[direction] = VectorIndex.build(vectors[item], rows).search(vectors[query], 1)[1][:, 0]
     return found
@@ -227,8 +222,8 @@ def _same(plan: Plan) -> dict[str, str]:
 
 def _gaps(plan: Plan, shown: Mapping[str, Cell], theirs: Evaluation) -> dict[str, Any]:
     """Gap report of the undistilled student and of the best one, of the first seed."""
-    ranked = sorted(shown.values(), key=lambda cell: cell.evaluation.retrieval.rsum, reverse=True)
-    names = dict.fromkeys([arm for arm in (plan.plain, *(cell.arm for cell in ranked[:1])) if arm in shown])
+    best = sorted(shown, key=lambda arm: shown[arm].evaluation.retrieval.rsum)[-1:]
+    names = dict.fromkeys(arm for arm in (plan.plain, *best) if arm in shown)
     seed = next(iter(plan.runs))
     return {
         arm: gap_report(
@@ -236,6 +231,7 @@ def _gaps(plan: Plan, shown: Mapping[str, Cell], theirs: Evaluation) -> dict[str
             _student(plan, arm, seed),
             _vectors(plan, arm, seed),
             plan.split,
+            own=shown[arm].evaluation,
             teacher=theirs,
             depths=plan.depths,
             queries=plan.gap_queries,

@@ -9,7 +9,7 @@ import numpy as np
 
 from distill.asking import labelled_match
 from distill.compare import Example, Found, Item, disagreements
-from distill.protocols import DIRECTIONS, SIDES
+from distill.protocols import DIRECTIONS, sides_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -63,7 +63,7 @@ def _example(
     seed: int,
 ) -> Example:
     """``answers``: by arm, the item that comes first and the rank of the first true one."""
-    query_side, item_side = SIDES if direction == "i2t" else SIDES[::-1]
+    query_side, item_side = sides_of(direction)
     queries, items = (split.images, split.texts) if direction == "i2t" else (split.texts, split.images)
     query, matches = int(queries[row]), x.corpus.matches
     true = np.intersect1d(matches.texts_of(query) if direction == "i2t" else matches.images_of(query), items)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from distill.compare import GapPoint
-from distill.evaluate import Evaluation, evaluate_embeddings, reranked_ranks, scores_of, shortlist
+from distill.evaluate import Evaluation, reranked_ranks, scores_of, shortlist
 from distill.index import VectorIndex
 from distill.metrics import summarise
-from distill.protocols import DIRECTIONS, SIDES, Candidates, Direction, Ids, Side
+from distill.protocols import DIRECTIONS, SIDES, Candidates, Direction, Ids, Side, sides_of
 from distill.search import answer, embed_query
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def gap_report(
     vectors: Mapping[Side, Vectors],
     split: Split,
     *,
+    own: Evaluation,
     teacher: Evaluation,
     depths: Sequence[int],
     queries: int,
@@ -46,14 +48,12 @@ def gap_report(
         folder: Of the trained student, whose encoding is timed.
         vectors: Of the split's items, by this student.
         split: What is searched.
-        teacher: The teacher's evaluation on the split.
+        own: The student's evaluation on the split.
+        teacher: The teacher's.
         depths: K of each re-ranking; those beyond the number of items count as all.
         queries: Drawn in each direction, at most.
     """
     sides = _Sides(x, vectors, split)
-    own = evaluate_embeddings(
-        vectors["image"], vectors["text"], image_ids=split.images, text_ids=split.texts, matches=x.corpus.matches
-    )
     chosen = {d: _drawn(len(own.queries(d)[0]), queries, x.recipe.seed) for d in DIRECTIONS}
     most = {d: min(max(depths), len(sides.items(d))) for d in DIRECTIONS}
     lists = {d: sides.shortlist(d, chosen[d], most[d]) for d in DIRECTIONS}
@@ -81,8 +81,11 @@ def _point(label: str, k: int | None, ranks: Mapping[Direction, Ids], ms: Mappin
 
 
 def _first(listed: Candidates, k: int) -> Candidates:
-    return Candidates(
-        listed.direction, listed.query_ids, listed.item_ids[:, :k], listed.similarity[:, :k], listed.positive[:, :k]
+    return replace(
+        listed,
+        item_ids=listed.item_ids[:, :k],
+        similarity=listed.similarity[:, :k],
+        positive=listed.positive[:, :k],
     )
 
 
@@ -94,14 +97,11 @@ class _Sides:
         self._rows: dict[Side, Ids] = {"image": split.images, "text": split.texts}
         self.index = {side: VectorIndex.build(vectors[side], self._rows[side]) for side in SIDES}
 
-    def of(self, direction: Direction) -> tuple[Side, Side]:
-        return ("image", "text") if direction == "i2t" else ("text", "image")
-
     def items(self, direction: Direction) -> Ids:
-        return self._rows[self.of(direction)[1]]
+        return self._rows[sides_of(direction)[1]]
 
     def shortlist(self, direction: Direction, chosen: Ids, k: int) -> Candidates:
-        query, item = self.of(direction)
+        query, item = sides_of(direction)
         return shortlist(
             self.index[item],
             self._vectors[query][chosen],
@@ -137,7 +137,7 @@ class _Timing:
         return found
 
     def _of_student(self, direction: Direction) -> float:
-        query, item = self._sides.of(direction)
+        query, item = sides_of(direction)
         ids, corpus = self._lists[direction].query_ids[:TIMED], self._x.corpus
         raw: list[Any] = corpus.load_images(ids) if query == "image" else [corpus.texts[int(row)] for row in ids]
         return 1000 * _usual([_timed(partial(self._answer, item, one)) for one in raw])

@@ -17,7 +17,7 @@ import numpy as np
 from distill.asking import note_what_is_asked, pair_maps, scores_of, warn_of_odd_scores
 from distill.batches import Batches, PairScores
 from distill.durable import staged_folder, write_atomically
-from distill.protocols import DIRECTIONS, SIDES, Candidates, Direction, fingerprint
+from distill.protocols import DIRECTIONS, SIDES, Candidates, Direction, fingerprint, sides_of
 from distill.sampler import BatchSampler, CandidateSampler
 from distill.suspecting import revision_of
 
@@ -263,7 +263,7 @@ def _mine(x: Experiment, student: Any) -> dict[Direction, Candidates]:
     vectors = {side: x.embed(student, side, ids[side]) for side in SIDES}
     found: dict[Direction, Candidates] = {}
     for direction in DIRECTIONS:
-        query, item = SIDES if direction == "i2t" else SIDES[::-1]
+        query, item = sides_of(direction)
         margin = recipe.drop_above_positive
         found[direction] = mine(
             VectorIndex.build(vectors[item], ids[item], factory=recipe.factory, nprobe=recipe.nprobe),

@@ -32,6 +32,13 @@ Direction = Literal["i2t", "t2i"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 Side = Literal["image", "text"]
 SIDES: tuple[Side, ...] = get_args(Side)
+
+
+def sides_of(direction: Direction) -> tuple[Side, Side]:
+    """The side that asks and the side that answers."""
+    return ("image", "text") if direction == "i2t" else ("text", "image")
+
+
 ScoreKind = Literal["log_odds", "logit", "logit+cosine", "cosine", "log_likelihood"]
 
 

@@ -19,7 +19,7 @@ from distill.evaluate import (
 )
 from distill.index import VectorIndex
 from distill.pipeline import trained_arm
-from distill.protocols import DIRECTIONS, SIDES, Candidates, Direction, Ids, Side
+from distill.protocols import DIRECTIONS, SIDES, Candidates, Direction, Ids, Side, sides_of
 from distill.show import write_retrieval_sheet
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _shortlists(x: Experiment, vectors: Mapping[Side, Vectors], split: Split) ->
     rows: dict[Side, Ids] = {"image": split.images, "text": split.texts}
     lists: dict[Direction, Candidates] = {}
     for direction in DIRECTIONS:
-        query, item = SIDES if direction == "i2t" else SIDES[::-1]
+        query, item = sides_of(direction)
         lists[direction] = shortlist(
             VectorIndex.build(vectors[item], rows[item]),
             vectors[query],

@@ -15,7 +15,7 @@ import numpy as np
 from distill.checkup.separation import Values
 from distill.index import VectorIndex
 from distill.mine import MineSettings, mine
-from distill.protocols import DIRECTIONS, SIDES, Ids, Side
+from distill.protocols import DIRECTIONS, Ids, Side, sides_of
 
 if TYPE_CHECKING:
     from distill.data.corpus import Corpus
@@ -126,7 +126,7 @@ def hard_negatives(corpus: Corpus, sample: Sample, vectors: Vectors, *, k: int) 
         )
     found = []
     for direction in DIRECTIONS:
-        query, item = SIDES if direction == "i2t" else SIDES[::-1]
+        query, item = sides_of(direction)
         places = np.searchsorted(sample.rows(query), queries[query])
         mined = mine(
             VectorIndex.build(vectors[item], sample.rows(item), device="cpu"),
