@@ -131,9 +131,7 @@ class Experiment:
         from distill.towers import write_towers
 
         split = self.corpus.split("train")
-        return write_towers(
-            self.cache / "vectors", self.scorer, {"image": split.images, "text": split.texts}, self.corpus
-        )
+        return write_towers(self.cache / "vectors", self.scorer, split.ids, self.corpus)
 
     def _loaded(self, load: Callable[[Corpus], Any]) -> TeacherScorer:
         return self._scorer_of(self._frozen(load(self.corpus)))

@@ -94,7 +94,7 @@ class _Sides:
 
     def __init__(self, x: Experiment, vectors: Mapping[Side, Vectors], split: Split) -> None:
         self._x, self._vectors = x, vectors
-        self._rows: dict[Side, Ids] = {"image": split.images, "text": split.texts}
+        self._rows = split.ids
         self.index = {side: VectorIndex.build(vectors[side], self._rows[side]) for side in SIDES}
 
     def items(self, direction: Direction) -> Ids:

@@ -27,6 +27,10 @@ class Meter:
         self._began, self._waited, self._items, self._steps = time.perf_counter(), 0.0, 0, 0
         self._sums: dict[str, Tensor] = {}
 
+    def due(self, step: int) -> bool:
+        """Whether a step ends with a line."""
+        return (step + 1) % self._log_every == 0
+
     def step(
         self,
         batch: StepBatch,
@@ -44,7 +48,7 @@ class Meter:
         self._waited += waited
         self._items += len(batch.image_ids) + len(batch.text_ids)
         self._steps += 1
-        if (batch.step + 1) % self._log_every:
+        if not self.due(batch.step):
             return None
         seconds = time.perf_counter() - self._began
         line = {name: float(value) / self._steps for name, value in self._sums.items()}

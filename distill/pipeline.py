@@ -259,7 +259,7 @@ def _mine(x: Experiment, student: Any) -> dict[Direction, Candidates]:
     from distill.mine import MineSettings, mine
 
     split, recipe = x.corpus.split("train"), x.recipe.mine
-    ids = {"image": split.images, "text": split.texts}
+    ids = split.ids
     vectors = {side: x.embed(student, side, ids[side]) for side in SIDES}
     found: dict[Direction, Candidates] = {}
     for direction in DIRECTIONS:

@@ -14,7 +14,6 @@ from distill.recipe.load import dump
 
 if TYPE_CHECKING:
     from distill.experiment import Experiment
-    from distill.protocols import Ids, Side
 
 log = logging.getLogger(__name__)
 # Keys whose value changes no result: a run may be gone on with under others.
@@ -165,7 +164,7 @@ def _tower_widths(x: Experiment, teacher: Any) -> dict[int, int]:
     from distill.towers import width_of
 
     split = x.corpus.split("train")
-    rows: dict[Side, Ids] = {"image": split.images, "text": split.texts}
+    rows = split.ids
     if x.builders.ensemble is None:
         found = [width_of(teacher, x.corpus, rows)]
     else:

@@ -19,7 +19,7 @@ from distill.evaluate import (
 )
 from distill.index import VectorIndex
 from distill.pipeline import trained_arm
-from distill.protocols import DIRECTIONS, SIDES, Candidates, Direction, Ids, Side, sides_of
+from distill.protocols import DIRECTIONS, SIDES, Candidates, Direction, Side, sides_of
 from distill.show import write_retrieval_sheet
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def rerank_shortlists(
     """The teacher's evaluation, as ``evaluate_teacher`` gives it, and the shortlists, whose pairs are all scored."""
     from distill.embed import NoContrastiveHeadError
 
-    rows: dict[Side, Ids] = {"image": split.images, "text": split.texts}
+    rows = split.ids
     try:
         first = x.scorer.vectors(rows)
         whose = "the teacher's contrastive head"
@@ -106,7 +106,7 @@ def report_teacher(x: Experiment, *, split: str) -> None:
 
 
 def _shortlists(x: Experiment, vectors: Mapping[Side, Vectors], split: Split) -> dict[Direction, Candidates]:
-    rows: dict[Side, Ids] = {"image": split.images, "text": split.texts}
+    rows = split.ids
     lists: dict[Direction, Candidates] = {}
     for direction in DIRECTIONS:
         query, item = sides_of(direction)
@@ -124,7 +124,7 @@ def _shortlists(x: Experiment, vectors: Mapping[Side, Vectors], split: Split) ->
 def student_vectors(x: Experiment, folder: Path, split: Split) -> dict[Side, Vectors]:
     """Vectors of the split's items by the student in ``folder``."""
     student = x.saved_student(folder)
-    rows: dict[Side, Ids] = {"image": split.images, "text": split.texts}
+    rows = split.ids
     return {side: x.embed(student, side, rows[side]) for side in SIDES}
 
 

@@ -135,17 +135,23 @@ def train(
                 group["lr"] = settings.lr_at(batch.step)
             model.train()
             companion.begin_step(accelerator.unwrap_model(model))
-            total, parts, scale = _step_loss(
-                model, batch, phase, accelerator, companion, progress=settings.progress_at(batch.step)
+            loss = _step_loss(
+                model,
+                batch,
+                phase,
+                accelerator,
+                companion,
+                progress=settings.progress_at(batch.step),
+                measured=meter.due(batch.step),
             )
-            accelerator.backward(total)
+            accelerator.backward(loss.total)
             norm = accelerator.clip_grad_norm_(model.parameters(), settings.grad_clip)
             _check_gradient(norm, batch, accelerator)
             companion.step(settings.lr_at(batch.step) / settings.lr, accelerator.scaler)  # before fp16's scale changes
             prepared.step()
             prepared.zero_grad()
-            values = {"lr": settings.lr_at(batch.step), "scale": scale, **companion.logged()}
-            line = meter.step(batch, total, parts, values=values, norm=norm, waited=waited)
+            values = {"lr": settings.lr_at(batch.step), **loss.values, **companion.logged()}
+            line = meter.step(batch, loss.total, loss.parts, values=values, norm=norm, waited=waited)
             if line is not None:
                 accelerator.log({f"{folder.name}/{key}": value for key, value in line.items()}, step=batch.step + 1)
             bar.advance(1)
@@ -195,6 +201,13 @@ def _load(batches: Batches, start: int, stop: int, workers: int) -> Iterator[tup
         asked = time.perf_counter()
 
 
+@dataclass(frozen=True)
+class _StepLoss:
+    total: Tensor  # (), weighted, the mean of both directions
+    parts: dict[str, Tensor]  # (), unweighted
+    values: dict[str, Tensor]  # (), what the log shows beside them
+
+
 def _step_loss(
     model: nn.Module,
     batch: StepBatch,
@@ -203,8 +216,9 @@ def _step_loss(
     companion: Companion,
     *,
     progress: float,
-) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Weighted loss of a step, the mean of both directions, and its unweighted parts."""
+    measured: bool,
+) -> _StepLoss:
+    """The loss of a step; with ``measured``, its values tell what losses divide the teacher's scores by."""
     device, losses = accelerator.device, phase.losses
     attention_pairs = None
     if "student_attention" in losses.needs:
@@ -217,6 +231,7 @@ def _step_loss(
     extras = extras_of_step(out, batch, losses.needs, device, followed=phase.followed)
     beside = companion.extras(out, batch, phase.batches.matches, accelerator.autocast)
     parts: dict[str, Tensor] = {}
+    values = {"scale": out.scale.detach()}
     for direction, grid in batch.grids.items():
         scored = _scored(_similarity(out, batch, direction), batch, direction, out.scale)
         scored = replace(
@@ -227,9 +242,11 @@ def _step_loss(
         except NonFiniteLossError as error:
             queries = (batch.image_ids if direction == "i2t" else batch.text_ids)[grid.rows.numpy()]
             raise TrainingError(f"step {batch.step}, {direction}: {error}; query ids {_some(queries)}") from error
-        for name, value in here.items():
-            parts[name] = parts[name] + value / 2 if name in parts else value / 2
-    return losses.total(parts, progress), parts, out.scale.detach()
+        units = losses.teacher_units(scored) if measured else {}
+        for sums, found in ((parts, here), (values, {f"teacher_std/{name}": unit for name, unit in units.items()})):
+            for name, value in found.items():
+                sums[name] = sums[name] + value / 2 if name in sums else value / 2
+    return _StepLoss(losses.total(parts, progress), parts, values)
 
 
 def _similarity(out: Embeddings, batch: StepBatch, direction: Direction) -> Tensor:

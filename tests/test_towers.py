@@ -23,7 +23,7 @@ from tests.test_ensemble import CORPUS, SETTINGS, Counted
 from tests.toys import FrozenToyStudent, ToyStudent, ToyTeacher
 
 SPLIT = CORPUS.split("train")
-ROWS = {"image": SPLIT.images, "text": SPLIT.texts}
+ROWS = SPLIT.ids
 CPU = torch.device("cpu")
 
 

@@ -84,6 +84,15 @@ def test_training_lowers_the_loss_and_logs_every_part(tmp_path: Path) -> None:
     assert logged[-1]["loss"] < 0.8 * logged[0]["loss"]
 
 
+def test_the_measured_deviation_of_the_teacher_is_logged(tmp_path: Path) -> None:
+    losses = Weighted((Part("contrastive", 1.0, Contrastive()), Part("order", 0.5, KL(teacher_std="batch"))))
+    run(tmp_path, losses=losses)
+    deviations = [line["teacher_std/order"] for line in lines(tmp_path)]
+    assert len(deviations) == 6
+    assert all(0.1 < value < 10 for value in deviations)
+    assert len(set(deviations)) > 1  # of what each step saw
+
+
 class StoppedError(Exception):
     pass
 

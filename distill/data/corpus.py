@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from distill.data.pictures import Pictures
-    from distill.protocols import Ids, Image
+    from distill.protocols import Ids, Image, Side
 
 SPLITS = ("train", "val", "test")
 """The split names there are, in this order."""
@@ -52,6 +52,11 @@ class Split:
     name: str
     images: Ids
     texts: Ids
+
+    @property
+    def ids(self) -> dict[Side, Ids]:
+        """The rows by side."""
+        return {"image": self.images, "text": self.texts}
 
 
 @dataclass(frozen=True, eq=False)

@@ -111,6 +111,16 @@ class Weighted:
             raise NonFiniteLossError(bad.name, values[bad.name].item(), rows, cause)
         return values
 
+    def teacher_units(self, scored: Scored) -> dict[str, Tensor]:
+        """By name of the part, what each divides the teacher's scores or margins by; for a log, without gradient.
+
+        Only of parts whose ``teacher_std`` is measured on the scores themselves (``row``, ``batch``).
+        """
+        losses = {part.name: part.loss for part in self.parts}
+        measured = {name: loss for name, loss in losses.items() if isinstance(getattr(loss, "teacher_std", None), str)}
+        with torch.no_grad():
+            return {name: loss.teacher_unit(scored) for name, loss in measured.items() if hasattr(loss, "teacher_unit")}
+
     def total(self, parts: Mapping[str, Tensor], progress: float | None = None) -> Tensor:
         """-> (), sum of weight * part. It is linear: parts averaged over directions or micro-batches may be given.
 

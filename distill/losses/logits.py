@@ -20,7 +20,7 @@ from distill.losses.numeric import (
     teacher_scores,
     varies,
 )
-from distill.losses.scale import ENOUGH, TeacherStd, check_teacher_std, unit, usable_rows
+from distill.losses.scale import ENOUGH, TeacherStd, check_teacher_std, mean_unit, unit, usable_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,7 +103,7 @@ class KL:
         """Values (B,) and which rows have a term (B,) bool."""
         loss = following(self, self.convention, KL_CONVENTIONS)
         scored = scored.asked_only()
-        there = scored.valid if loss.positive == "keep" else scored.valid & ~scored.positive
+        there = loss._there(scored)
         z = student_logits(scored, loss.temperature, train_scale=loss.train_scale)
         t = teacher_scores(scored)
         has_term = (there.sum(dim=1) > 1) & usable_rows(t, there, loss.teacher_std)
@@ -115,6 +115,14 @@ class KL:
         weight = (log_p.exp() - log_q.exp()) / 2 if loss.symmetric else log_p.exp()
         values = torch.where(there, weight * (log_p - log_q), torch.zeros_like(z)).sum(dim=1)
         return (values * loss._temperature_squared(scored) if loss.t_squared else values), has_term
+
+    def teacher_unit(self, scored: Scored) -> Tensor:
+        """(), what the teacher's scores are divided by before the temperature; a mean over rows with ``row``."""
+        loss, scored = following(self, self.convention, KL_CONVENTIONS), scored.asked_only()
+        return mean_unit(teacher_scores(scored), loss._there(scored), loss.teacher_std)
+
+    def _there(self, scored: Scored) -> Tensor:
+        return scored.valid if self.positive == "keep" else scored.valid & ~scored.positive
 
     def _temperature_squared(self, scored: Scored) -> Tensor | float:
         if self.temperature is not None:
@@ -172,6 +180,11 @@ class SoftmaxCE:
         p = log_softmax_over(t / unit(t, there, loss.teacher_std) / loss.teacher_temperature, there).exp()
         values = -torch.where(there, p * log_q, torch.zeros_like(p)).sum(dim=1)
         return values, (there.sum(dim=1) > 1) & usable_rows(t, there, loss.teacher_std)
+
+    def teacher_unit(self, scored: Scored) -> Tensor:
+        """(), what the teacher's scores are divided by before the temperature; a mean over rows with ``row``."""
+        loss, scored = following(self, self.convention, CE_CONVENTIONS), scored.asked_only()
+        return mean_unit(teacher_scores(scored), scored.valid, loss.teacher_std)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ import torch
 from distill.losses.conventions import Convention, check_convention, following
 from distill.losses.numeric import check_choice, check_positive, mean_over, row_mean, student_logits, teacher_scores
 from distill.losses.pairwise import pairs_above
-from distill.losses.scale import TeacherStd, check_teacher_std, spread_of, unit, usable_rows
+from distill.losses.scale import TeacherStd, check_teacher_std, mean_unit, spread_of, unit, usable_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,6 +102,14 @@ class MarginMSE:
             margin = margin / (spread_of(margin, pair) if loss.teacher_std == "batch" else loss.teacher_std)
         return ((z.unsqueeze(2) - z.unsqueeze(1)) - margin).square(), pair
 
+    def teacher_unit(self, scored: Scored) -> Tensor:
+        """(), what the teacher's margins are divided by; a mean over rows with ``row``."""
+        loss, scored = following(self, self.convention, CONVENTIONS), scored.asked_only()
+        t = teacher_scores(scored)
+        if loss.teacher_std == "batch":
+            return spread_of(t.unsqueeze(2) - t.unsqueeze(1), loss._pairs(scored, t))
+        return mean_unit(t, scored.valid, loss.teacher_std)
+
     def _pairs(self, scored: Scored, t: Tensor) -> Tensor:
         """(B, K, K) bool: i plays the positive, j the negative."""
         if self.pairs == "all":
@@ -147,19 +155,32 @@ class M3SE:
     def per_row(self, scored: Scored) -> tuple[Tensor, Tensor]:
         """Values (B,) and which rows have a term (B,) bool."""
         scored = scored.asked_only()
-        t = teacher_scores(scored)
-        z = student_logits(scored, self.temperature, train_scale=self.train_scale)
         positive, negative = scored.valid & scored.positive, scored.valid & ~scored.positive
-        has_term = positive.any(dim=1) & negative.any(dim=1) & usable_rows(t, scored.valid, self.teacher_std)
-        hardest = hardest_negative(t, negative)  # (B, 1)
+        z = student_logits(scored, self.temperature, train_scale=self.train_scale)
+        has_term, hardest, dt = self._margins(scored)
         own = hardest if self.same_index else hardest_negative(z.detach(), negative)
         dz = z - z.gather(1, own)
-        dt = t - t.gather(1, hardest)
         if self.teacher_std == "batch":
             dt = dt / spread_of(dt, positive & has_term.unsqueeze(1))
         else:
-            dt = dt / unit(t, scored.valid, self.teacher_std)
+            dt = dt / unit(teacher_scores(scored), scored.valid, self.teacher_std)
         zero = torch.zeros_like(dz)
         values = torch.where(positive, (dt - dz).square(), zero).sum(dim=1)
         above = torch.where(negative, dz.relu().square(), zero).sum(dim=1)  # 0 where the student's own maximum is taken
         return values + above, has_term
+
+    def teacher_unit(self, scored: Scored) -> Tensor:
+        """(), what the teacher's margins are divided by; a mean over rows with ``row``."""
+        scored = scored.asked_only()
+        if self.teacher_std == "batch":
+            has_term, _, dt = self._margins(scored)
+            return spread_of(dt, scored.valid & scored.positive & has_term.unsqueeze(1))
+        return mean_unit(teacher_scores(scored), scored.valid, self.teacher_std)
+
+    def _margins(self, scored: Scored) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows that have a term (B,), the negative the teacher scores best (B, 1), its margins to each (B, K)."""
+        t = teacher_scores(scored)
+        positive, negative = scored.valid & scored.positive, scored.valid & ~scored.positive
+        has_term = positive.any(dim=1) & negative.any(dim=1) & usable_rows(t, scored.valid, self.teacher_std)
+        hardest = hardest_negative(t, negative)
+        return has_term, hardest, t - t.gather(1, hardest)

@@ -15,7 +15,7 @@ from distill.losses.numeric import (
     student_logits,
     teacher_scores,
 )
-from distill.losses.scale import TeacherStd, check_teacher_std, standardised, usable_rows
+from distill.losses.scale import TeacherStd, check_teacher_std, mean_unit, standardised, usable_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,6 +76,11 @@ class LogitMSE:
         wanted = standardised(t, scored.valid, self.teacher_std)
         has_term = scored.valid.any(dim=1) & usable_rows(t, scored.valid, self.teacher_std)
         return row_mean((z - wanted).square(), scored.valid), has_term
+
+    def teacher_unit(self, scored: Scored) -> Tensor:
+        """(), what the teacher's scores are divided by; a mean over rows with ``row``."""
+        scored = scored.asked_only()
+        return mean_unit(teacher_scores(scored), scored.valid, self.teacher_std)
 
     def _logits(self, scored: Scored) -> Tensor:
         if self.affine == "none":

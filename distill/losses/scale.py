@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.losses.numeric import FLAT, check_choice, check_positive, varies
+from distill.losses.numeric import FLAT, check_choice, check_positive, mean_over, varies
 
 TeacherStd = float | Literal["row", "batch"]
 
@@ -40,6 +40,14 @@ def unit(values: Tensor, there: Tensor, teacher_std: TeacherStd) -> Tensor:
     if not isinstance(teacher_std, str):
         return values.new_full((), teacher_std)
     return _spread(values, there, dims=(1,) if teacher_std == "row" else (0, 1))[1]
+
+
+def mean_unit(values: Tensor, there: Tensor, teacher_std: TeacherStd) -> Tensor:
+    """(), ``unit`` for a log: with ``row`` the mean over the rows that can be divided."""
+    divisor = unit(values, there, teacher_std)
+    if teacher_std == "row":
+        return mean_over(divisor.squeeze(1), usable_rows(values, there, teacher_std))
+    return divisor.squeeze()
 
 
 def standardised(values: Tensor, there: Tensor, teacher_std: TeacherStd) -> Tensor:
