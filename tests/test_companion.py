@@ -23,7 +23,7 @@ from distill.slow_copy import EMPTY, MomentumSettings, Queue, SlowCopy, positive
 from distill.train import Phase, train
 from tests.losses.batches import draw
 from tests.test_towers import batches  # noqa: F401
-from tests.test_train import SETTINGS, NoisyStudent, StoppedError, lines, run
+from tests.test_train import SETTINGS, NoisyStudent, dying_at, lines, run
 from tests.test_train import batches as toy_batches
 from tests.toys import ToyStudent
 
@@ -231,21 +231,10 @@ def run_extras(folder: Path, stop: int = 12, *, student: ToyStudent | None = Non
     return student
 
 
-def test_a_run_with_queue_and_map_that_died_goes_on_to_the_same_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_with_queue_and_map_that_died_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     whole = run_extras(tmp_path / "whole")
-    original = Batches.__getitem__
-
-    def dying(self: Batches, step: int):
-        if step == 8:
-            raise StoppedError
-        return original(self, step)
-
-    monkeypatch.setattr(Batches, "__getitem__", dying)
-    with pytest.raises(StoppedError):
+    with dying_at(8):
         run_extras(tmp_path / "cut")
-    monkeypatch.undo()
     resumed = run_extras(tmp_path / "cut", student=NoisyStudent(seed=5))
     assert whole.state_dict().keys() == ToyStudent().state_dict().keys()  # nothing of the companion is exported
     for name, value in whole.state_dict().items():

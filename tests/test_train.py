@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,21 +99,26 @@ class StoppedError(Exception):
     pass
 
 
-def test_a_run_that_died_goes_on_to_the_same_weights_and_losses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = run(tmp_path / "whole")
+@contextmanager
+def dying_at(step: int) -> Iterator[None]:
+    """Whatever trains in here dies when it asks for the batch of that step."""
     original = Batches.__getitem__
 
-    def dying(self: Batches, step: int):
-        if step == 8:
+    def dying(self: Batches, asked: int):
+        if asked == step:
             raise StoppedError
-        return original(self, step)
+        return original(self, asked)
 
-    monkeypatch.setattr(Batches, "__getitem__", dying)
-    with pytest.raises(StoppedError):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Batches, "__getitem__", dying)
+        with pytest.raises(StoppedError):
+            yield
+
+
+def test_a_run_that_died_goes_on_to_the_same_weights_and_losses(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole")
+    with dying_at(8):
         run(tmp_path / "cut")
-    monkeypatch.undo()
     found = latest_checkpoint(tmp_path / "cut" / "checkpoints")
     assert found is not None
     assert step_of(found) == 6
