@@ -167,6 +167,7 @@ class _Crew:
     def _run(self, job: Job, lock: int) -> Cost:
         before = Cost.load(job.record)
         began = time.monotonic()
+        log.info("%s: begins; says the rest to %s", job.label, job.log)
         code, peak = self._wait(job, lock)
         seconds = time.monotonic() - began
         cost = Cost(

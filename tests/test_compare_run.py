@@ -133,7 +133,10 @@ def test_another_loss_joins_and_nothing_is_trained_twice_though_one_cell_fails(c
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_it_ends_with_the_same_weights(compared: tuple[Path, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_stopped_and_started_again_it_ends_with_the_same_weights(
+    compared: tuple[Path, str], tmp_path: Path, how: signal.Signals
+) -> None:
     folder, _ = compared
     overrides = [f"--set={one}" for one in [*SETTINGS, f"runs={tmp_path / 'runs'}", f"cache={tmp_path / 'cache'}"]]
     process = subprocess.Popen(
@@ -141,7 +144,8 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(compared: tuple[
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
     )
     deadline = time.monotonic() + 300
@@ -149,8 +153,13 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(compared: tuple[
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    os.killpg(process.pid, how)  # a terminal's Ctrl-C too reaches the command and its cells
+    _, said = process.communicate(timeout=60)
+    if how is signal.SIGINT:
+        assert process.returncode == 130
+        assert "Traceback" not in said
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)  # no cell outlives the command
     done = distill(*arguments(*LOSSES), "--gap-queries=10", folder=tmp_path, settings=SETTINGS)
     assert done.returncode == 0, done.stderr
     whole = {path: content for path, content in weights(folder).items() if "hinge" not in path}
