@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distill import compare_commands, doctor_commands, store_commands
+from distill import compare_commands, doctor_commands, stopping, store_commands
 
 if TYPE_CHECKING:
     from distill.experiment import Experiment
@@ -161,12 +161,21 @@ def schema() -> None:
 
 
 def main() -> None:
-    """Entry point. What the user can mend is one message and exit code 2; DISTILL_TRACEBACK=1 shows more."""
+    """Entry point. What the user can mend is one message and exit code 2; DISTILL_TRACEBACK=1 shows more.
+
+    Stopped by SIGTERM or SIGINT, what is done is kept and the exit code is 143 or 130.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "faiss", "datasets", "accelerate", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        app()
+        with stopping.listening():
+            app()
+    except stopping.Stopped as stopped:
+        typer.echo(
+            f"{stopped}; what is done is kept: the same command goes on (run and train: with --resume)", err=True
+        )
+        raise SystemExit(stopped.exit_code) from None
     except (ValueError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
         if os.environ.get("DISTILL_TRACEBACK"):
             raise

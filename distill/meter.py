@@ -17,15 +17,27 @@ if TYPE_CHECKING:
 class Meter:
     """Writes one line a log step: loss and its parts, the latest values, gradient norm, items a second, waiting."""
 
-    def __init__(self, path: Path, start: int, log_every: int) -> None:
+    def __init__(self, path: Path, log_every: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path, self._log_every = path, log_every
-        _drop_lines_from(path, start)
         self._clear()
+
+    def begin(self, step: int) -> None:
+        """Lines of later steps go: these are run again. The clock starts."""
+        _drop_lines_from(self._path, step)
+        self._began = time.perf_counter()
 
     def _clear(self) -> None:
         self._began, self._waited, self._items, self._steps = time.perf_counter(), 0.0, 0, 0
         self._sums: dict[str, Tensor] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been counted since the last line, for a checkpoint; a clock has no state."""
+        return {"sums": dict(self._sums), "steps": self._steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on counting, so that the next line is that of a training that was never stopped."""
+        self._sums, self._steps = dict(state["sums"]), int(state["steps"])
 
     def due(self, step: int) -> bool:
         """Whether a step ends with a line."""

@@ -234,6 +234,7 @@ _MEANING_OF_TRAIN = {
     "rounds",
     "candidates_per_query",
     "precision",
+    "micro_batch",
 }
 
 

@@ -104,6 +104,11 @@ def _check_losses(x: Experiment) -> None:
 def _check_maps(x: Experiment, teacher: Any) -> None:
     arms = [name for name, arm in x.recipe.arms.items() if any(part.name == "attention" for part in arm.losses)]
     where = f"arms.{arms[0]}: the attention loss"
+    if x.recipe.train.micro_batch is not None:
+        raise PreflightError(
+            f"{where} needs the token states of the whole batch, but train.micro_batch is "
+            f"{x.recipe.train.micro_batch}: leave micro_batch out, or take another loss"
+        )
     if not isinstance(teacher, MapsTeacher):
         raise PreflightError(
             f"{where} reads the teacher's cross-attention, but {type(teacher).__name__} has no attention_maps: take "

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from distill import stopping
 from distill.inference import batches_of, bytes_of, device_of, evaluating, joined, prefetched, threads_of, to_device
 from distill.progress import Progress
 
@@ -113,9 +114,11 @@ def score_pairs(
         ):
             run.prepare_texts(every_text, needed=np.unique(texts))
             scored = run.score(images, texts, units, image_source)
-            for unit, scores in zip(units, scored, strict=True):
-                store.write_unit(images[unit], texts[unit], scores)
-                progress.advance(len(scores))
+            with stopping.finishing():
+                for unit, scores in zip(units, scored, strict=True):
+                    store.write_unit(images[unit], texts[unit], scores)
+                    progress.advance(len(scores))
+                    stopping.heed()
     report = ScoreReport(len(images), served, time.monotonic() - started)
     _LOG.info("teacher: %d pairs asked, %d served from the store", report.asked, report.served_from_store)
     return report

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from distill import stopping
 from distill.batches import Batches, StepBatch
 from distill.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from distill.inference import reproducible
@@ -105,7 +106,11 @@ def teach(
         start = load_checkpoint(found, model=model, optimizer=optimizer, meaning=meaning)
         log.info("teaching goes on from step %d", start)
     accuracy, began, since = 0.5, time.perf_counter(), start
-    with reproducible(accelerator.device), Progress(settings.steps - start, "teach", unit="steps") as bar:
+    with (
+        stopping.finishing(),
+        reproducible(accelerator.device),
+        Progress(settings.steps - start, "teach", unit="steps") as bar,
+    ):
         for step in range(start, settings.steps):
             batch = batches[step]
             for group, lr in zip(optimizer.param_groups, base_lrs, strict=True):
@@ -129,10 +134,11 @@ def teach(
             if (step + 1) % settings.log_every == 0:
                 rate = (step + 1 - since) / (time.perf_counter() - began)
                 _log_line(folder, step + 1, itc=itc.item(), pair=pair.item(), accuracy=accuracy, steps_per_second=rate)
-            if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
+            if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps or stopping.told():
                 save_checkpoint(
                     folder / "checkpoints", step=step + 1, model=model, optimizer=optimizer, meaning=meaning
                 )
+                stopping.heed()
     model.eval()
     if settings.steps - start >= 200 and accuracy < 0.55:
         raise TeachingError(

@@ -16,9 +16,11 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
+from distill import stopping
 from distill.batches import Batches, StepBatch
 from distill.checkpoint import Others, latest_checkpoint, load_checkpoint, save_checkpoint, step_of
 from distill.companion import Companion
+from distill.encoding import Encoded, encode
 from distill.extras import extras_of_direction, extras_of_step
 from distill.inference import reproducible
 from distill.losses.combine import NonFiniteLossError, Weighted
@@ -46,6 +48,7 @@ class TrainSettings:
     grad_clip: float
     seed: int
     precision: str = "no"
+    micro_batch: int | None = None  # most items of a side encoded at once, by gradient caching; None = all
     workers: int = 0
     log_every: int = 50
     checkpoint_every: int = 500
@@ -119,14 +122,16 @@ def train(
     optimizer = make_optimizer(student, settings)
     companion = Companion(student, phase.losses.needs, phase.momentum)
     model, prepared = accelerator.prepare(student, optimizer)
-    others = {"scaler": accelerator.scaler, "companion": None if companion.is_empty else companion}
+    meter = Meter(folder / "metrics.jsonl", settings.log_every)
+    others = {"scaler": accelerator.scaler, "companion": None if companion.is_empty else companion, "meter": meter}
     restored = [latest_checkpoint(checkpoints), start_from]
     start = _restore(restored, accelerator.unwrap_model(model), optimizer, phase, others)
+    meter.begin(start)
     if start == 0:
         set_seed(settings.seed)  # whatever was computed before, the first step finds the same random state
     done = latest_checkpoint(checkpoints)
-    meter = Meter(folder / "metrics.jsonl", start, settings.log_every)
     with (
+        stopping.finishing(),
         reproducible(accelerator.device),
         Progress(phase.stop - start, f"train {folder.name}", unit="steps") as bar,
     ):
@@ -141,10 +146,12 @@ def train(
                 phase,
                 accelerator,
                 companion,
+                micro_batch=settings.micro_batch,
                 progress=settings.progress_at(batch.step),
                 measured=meter.due(batch.step),
             )
             accelerator.backward(loss.total)
+            loss.encoded.finish()
             norm = accelerator.clip_grad_norm_(model.parameters(), settings.grad_clip)
             _check_gradient(norm, batch, accelerator)
             companion.step(settings.lr_at(batch.step) / settings.lr, accelerator.scaler)  # before fp16's scale changes
@@ -156,7 +163,7 @@ def train(
                 accelerator.log({f"{folder.name}/{key}": value for key, value in line.items()}, step=batch.step + 1)
             bar.advance(1)
             finished = batch.step + 1
-            if finished == phase.stop or finished % settings.checkpoint_every == 0:
+            if finished == phase.stop or finished % settings.checkpoint_every == 0 or stopping.told():
                 done = save_checkpoint(
                     checkpoints,
                     step=finished,
@@ -166,6 +173,7 @@ def train(
                     others=others,
                     keep=settings.keep_checkpoints,
                 )
+                stopping.heed()
     if done is None:
         raise TrainingError(f"{folder}: nothing to train: the phase ends at step {phase.stop} and starts at {start}")
     accelerator.free_memory()
@@ -180,7 +188,8 @@ def _restore(restored: list[Path | None], model: nn.Module, optimizer: Any, phas
         log.info("goes on from %s: weights, optimizer and random state after step %d", own, step)
         return step
     if before is not None:
-        return load_checkpoint(before, model=model, optimizer=optimizer, meaning=None, others=others)
+        of_any_phase = {name: other for name, other in others.items() if name != "meter"}
+        return load_checkpoint(before, model=model, optimizer=optimizer, meaning=None, others=of_any_phase)
     return 0
 
 
@@ -203,6 +212,7 @@ def _load(batches: Batches, start: int, stop: int, workers: int) -> Iterator[tup
 
 @dataclass(frozen=True)
 class _StepLoss:
+    encoded: Encoded
     total: Tensor  # (), weighted, the mean of both directions
     parts: dict[str, Tensor]  # (), unweighted
     values: dict[str, Tensor]  # (), what the log shows beside them
@@ -215,6 +225,7 @@ def _step_loss(
     accelerator: Accelerator,
     companion: Companion,
     *,
+    micro_batch: int | None,
     progress: float,
     measured: bool,
 ) -> _StepLoss:
@@ -223,8 +234,15 @@ def _step_loss(
     attention_pairs = None
     if "student_attention" in losses.needs:
         attention_pairs = (batch.pairs[0].to(device), batch.pairs[1].to(device))
-    with accelerator.autocast():
-        out: Embeddings = model(move(batch.images, device), move(batch.texts, device), attention_pairs=attention_pairs)
+    encoded = encode(
+        model,
+        move(batch.images, device),
+        move(batch.texts, device),
+        autocast=accelerator.autocast,
+        micro_batch=micro_batch,
+        attention_pairs=attention_pairs,
+    )
+    out = encoded.embeddings
     if out.images is None or out.texts is None:
         raise TrainingError("the student gave no embeddings for one side")
     _check_embeddings(out, batch)
@@ -246,7 +264,7 @@ def _step_loss(
         for sums, found in ((parts, here), (values, {f"teacher_std/{name}": unit for name, unit in units.items()})):
             for name, value in found.items():
                 sums[name] = sums[name] + value / 2 if name in sums else value / 2
-    return _StepLoss(losses.total(parts, progress), parts, values)
+    return _StepLoss(encoded, losses.total(parts, progress), parts, values)
 
 
 def _similarity(out: Embeddings, batch: StepBatch, direction: Direction) -> Tensor:

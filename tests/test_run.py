@@ -152,7 +152,7 @@ def begin(folder: Path) -> subprocess.Popen[bytes]:
     )
 
 
-def kill_when(folder: Path, reached: Callable[[Path], bool]) -> None:
+def stop_when(folder: Path, reached: Callable[[Path], bool], how: signal.Signals) -> None:
     process = begin(folder)
     try:
         deadline = time.monotonic() + 300
@@ -161,8 +161,9 @@ def kill_when(folder: Path, reached: Callable[[Path], bool]) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.005)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.send_signal(how)
+        code = process.wait(timeout=60)
+    assert code == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[how]
 
 
 def units(folder: Path) -> int:
@@ -174,15 +175,16 @@ def checkpoints(folder: Path, arm: str) -> int:
     return int(found[-1].name[5:]) if found else 0
 
 
-def test_killed_in_teaching_scoring_and_training_it_ends_with_the_same_figures(whole: Path, tmp_path: Path) -> None:
-    kill_when(tmp_path, lambda folder: (folder / "runs" / "quickstart" / "teach" / "metrics.jsonl").parent.is_dir())
-    kill_when(tmp_path, lambda folder: units(folder) >= 2)
+def test_stopped_in_teaching_scoring_and_training_it_ends_with_the_same_figures(whole: Path, tmp_path: Path) -> None:
+    teach = tmp_path / "runs" / "quickstart" / "teach"
+    stop_when(tmp_path, lambda _: teach.is_dir(), signal.SIGKILL)
+    stop_when(tmp_path, lambda folder: units(folder) >= 2, signal.SIGTERM)
     half = units(tmp_path)
     assert not (tmp_path / "runs" / "quickstart" / "arms" / "distilled" / "student").exists()
-    kill_when(tmp_path, lambda folder: checkpoints(folder, "arms/distilled") >= 9)
+    stop_when(tmp_path, lambda folder: checkpoints(folder, "arms/distilled") >= 9, signal.SIGKILL)
     assert units(tmp_path) > half
-    kill_when(tmp_path, lambda folder: checkpoints(folder, "arms/maps") >= 18)
-    kill_when(tmp_path, lambda folder: checkpoints(folder, "arms/beside") >= 15)
+    stop_when(tmp_path, lambda folder: checkpoints(folder, "arms/maps") >= 18, signal.SIGTERM)
+    stop_when(tmp_path, lambda folder: checkpoints(folder, "arms/beside") >= 15, signal.SIGINT)
     done = distill("run", "quickstart", "--resume", folder=tmp_path, settings=TINY)
     assert done.returncode == 0, done.stderr
     assert summary(tmp_path) == summary(whole)

@@ -43,7 +43,7 @@ class NoisyStudent(ToyStudent):
 
     def forward(self, images=None, texts=None, *, attention_pairs=None):
         out = super().forward(images, texts)
-        if not self.training:
+        if not self.training or out.images is None:
             return out
         noisy = torch.nn.functional.normalize(out.images + 0.05 * torch.randn_like(out.images), dim=-1)
         return replace(out, images=noisy)
@@ -67,8 +67,9 @@ def run(
     losses = options.pop("losses", LOSSES)
     start_from = options.pop("start_from", None)
     start = options.pop("start", 0)
+    settings = options.pop("settings", SETTINGS)
     phase = Phase(start, stop, batches(student, **options), losses, meaning)
-    train(student, phase, SETTINGS, folder=folder, accelerator=Accelerator(cpu=True), start_from=start_from)
+    train(student, phase, settings, folder=folder, accelerator=Accelerator(cpu=True), start_from=start_from)
     return student
 
 
@@ -129,6 +130,20 @@ def test_a_run_that_died_goes_on_to_the_same_weights_and_losses(tmp_path: Path) 
     assert [(line["step"], line["loss"]) for line in lines(tmp_path / "cut")] == [
         (line["step"], line["loss"]) for line in lines(tmp_path / "whole")
     ]
+
+
+def test_in_pieces_it_trains_as_in_one_pass_and_goes_on_after_a_death(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", student=ToyStudent())
+    settings = replace(SETTINGS, micro_batch=2)
+    pieces = run(tmp_path / "pieces", student=ToyStudent(), settings=settings)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(pieces.state_dict()[name], value, rtol=0, atol=1e-5, msg=name)
+    noisy = run(tmp_path / "noisy", settings=settings)
+    with dying_at(8):
+        run(tmp_path / "cut", settings=settings)
+    resumed = run(tmp_path / "cut", student=NoisyStudent(seed=5), settings=settings)
+    for name, value in noisy.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
 
 
 def test_two_phases_equal_one(tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ MAPLESS = "teacher={kind: custom, target: 'tests.toys:ToyTeacher'}"
             [ATTENTION, MAPLESS, "teach=null"],
             "the attention loss reads the teacher's cross-attention, but ToyTeacher has no",
         ),
+        ([ATTENTION, "train.micro_batch=8"], "train.micro_batch is 8: leave micro_batch out"),
         ([ATTENTION, "student.vision.patch_size=12"], "the teacher's image grid is (3, 3) and the student's (4, 4)"),
         ([MAPLESS], "ToyTeacher cannot be taught"),
         (["teacher.checkpoint=/no/such/folder", "teach=null"], "/no/such/folder"),

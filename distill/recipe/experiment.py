@@ -45,8 +45,10 @@ class ScoreRecipe(Strict):
     text_memory_bytes: Count = Field(default=1 << 30, description="most that is kept of all texts together")
 
 
-class TrainRecipe(Strict):
+class TrainRecipe(Grown):
     """One student's training. Every arm gets the same steps, seed and batches."""
+
+    later: ClassVar[frozenset[str]] = frozenset({"micro_batch"})
 
     steps: Count = 1200
     batch_size: Annotated[int, Field(ge=2)] = 128
@@ -65,6 +67,11 @@ class TrainRecipe(Strict):
         default=4, description="of the k scored candidates, how many a step draws for each query"
     )
     precision: Literal["no", "bf16", "fp16"] = "no"
+    micro_batch: Count | None = Field(
+        default=None,
+        description="most images, and texts, encoded at once: less memory at the price of encoding each item twice "
+        "(gradient caching); the loss still sees the whole batch",
+    )
     workers: Natural = Field(default=0, description="loader processes; 0 = in the main one")
     log_every: Count = 50
     checkpoint_every: Count = 500

@@ -1,0 +1,96 @@
+"""Ending when told to, with nothing lost: what SIGTERM and SIGINT do to a command.
+
+A signal ends a command where it stands, which loses nothing that is written atomically. Work that would lose much asks
+to be let finish what is in hand (``finishing``) and then says ``heed``. The same signal a second time ends it at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import FrameType
+
+log = logging.getLogger(__name__)
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(BaseException):  # noqa: N818  (no error: like KeyboardInterrupt, nothing that handles errors may catch it)
+    """The process was told to stop."""
+
+    def __init__(self, number: int) -> None:
+        """``number``: of the signal."""
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal, as shells have it: 143 after SIGTERM, 130 after SIGINT."""
+        return 128 + self.number
+
+
+class _Ear:
+    """What this process was told; one a process, since signals are."""
+
+    def __init__(self) -> None:
+        self.owner = os.getpid()
+        self.told: int | None = None
+        self.finishing = 0  # depth of ``finishing`` blocks
+
+    def hear(self, number: int, _: FrameType | None) -> None:
+        if os.getpid() != self.owner:  # a loader's worker: its parent ends it
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        if self.told is not None and number != self.told:
+            return  # a cell of a comparison hears the terminal's SIGINT, then its parent's SIGTERM: one request
+        again, self.told = self.told is not None, number
+        if again or not self.finishing:
+            raise Stopped(number)
+        log.warning("%s: ends after what is in hand is kept; once more to end at once", signal.Signals(number).name)
+
+
+_ear = _Ear()
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Signals raise ``Stopped`` in here. For the main thread of a command."""
+    global _ear
+    _ear = _Ear()
+    before = {number: signal.signal(number, _ear.hear) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _ear = _Ear()
+
+
+@contextmanager
+def finishing() -> Iterator[None]:
+    """A signal waits in here until ``heed`` is called; at the latest it counts when the block ends."""
+    ear = _ear
+    ear.finishing += 1
+    try:
+        yield
+    finally:
+        ear.finishing -= 1
+    heed()
+
+
+def told() -> bool:
+    """Whether a signal waits to be heeded."""
+    return _ear.told is not None
+
+
+def heed() -> None:
+    """Raise ``Stopped`` if a signal waits: what was in hand is kept by now."""
+    if _ear.told is not None:
+        raise Stopped(_ear.told)

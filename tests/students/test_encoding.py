@@ -1,0 +1,160 @@
+"""Gradient caching on real towers: the gradients of one pass, at the memory of a piece."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from distill.encoding import encode
+from distill.losses import Contrastive
+from distill.protocols import Embeddings, Scored
+
+N_IMAGES, N_TEXTS = 16, 20
+
+
+@pytest.fixture
+def step(tokenizer):
+    """Inputs of a step: pictures, and texts of several lengths padded together."""
+    g = torch.Generator().manual_seed(0)
+    length = torch.randint(4, 12, (N_TEXTS, 1), generator=g)
+    places = torch.arange(12)
+    ids = torch.randint(4, len(tokenizer), (N_TEXTS, 12), generator=g)
+    ids = torch.where(places < length, ids, 0).masked_fill(places == 0, 2).masked_fill(places == length - 1, 3)
+    return (
+        {"pixel_values": torch.randn(N_IMAGES, 3, 32, 32, generator=g)},
+        {"input_ids": ids, "attention_mask": (places < length).long()},
+    )
+
+
+def loss_of(out: Embeddings) -> torch.Tensor:
+    similarity = out.images @ out.texts.T
+    positive = torch.eye(N_IMAGES, N_TEXTS).bool()
+    return Contrastive()(
+        Scored(similarity, torch.full_like(similarity, math.nan), positive, torch.ones_like(positive), out.scale)
+    )
+
+
+def gradients(student, step, **options):
+    student.zero_grad()
+    encoded = encode(student, *step, autocast=nullcontext, **options)
+    loss = loss_of(encoded.embeddings)
+    loss.backward()
+    encoded.finish()
+    return loss.item(), {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+@pytest.mark.parametrize("micro_batch", [4, 7, 19])
+def test_gradients_are_those_of_one_pass(make_config, step, family, micro_batch):
+    student = make_config(family).train()
+    loss, plain = gradients(student, step)
+    cached_loss, cached = gradients(student, step, micro_batch=micro_batch)
+    assert cached_loss == pytest.approx(loss, abs=1e-6)
+    assert cached.keys() == plain.keys()
+    assert any("logit_scale" in name for name in plain)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(cached[name], gradient, rtol=0, atol=1e-5, msg=name)
+    assert max(gradient.abs().max() for gradient in plain.values()) > 0.01  # else 1e-5 says nothing
+
+
+class Noisy(torch.nn.Module):
+    """Dropout on the vectors: the student's random numbers reach the gradient."""
+
+    def __init__(self, student):
+        super().__init__()
+        self.student, self.dropout = student, torch.nn.Dropout(0.4)
+
+    def forward(self, images, texts, *, attention_pairs=None):
+        out = self.student(images, texts)
+        images, texts = (None if one is None else self.dropout(one) for one in (out.images, out.texts))
+        return Embeddings(images, texts, out.scale)
+
+
+def test_a_piece_draws_the_same_random_numbers_both_times(make_config, step):
+    student = Noisy(make_config()).train()
+    torch.manual_seed(7)
+    loss, cached = gradients(student, step, micro_batch=8)
+    after = torch.get_rng_state()
+    torch.manual_seed(7)
+    student.zero_grad()
+    images = torch.cat([student({"pixel_values": step[0]["pixel_values"][at : at + 8]}, None).images for at in (0, 8)])
+    pieces = [{name: tensor[at : at + 8] for name, tensor in step[1].items()} for at in (0, 8, 16)]
+    found = [student(None, piece) for piece in pieces]
+    in_one_graph = loss_of(Embeddings(images, torch.cat([out.texts for out in found]), found[0].scale))
+    in_one_graph.backward()
+    assert loss == in_one_graph.item()
+    assert torch.equal(after, torch.get_rng_state())
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(cached[name], parameter.grad, rtol=0, atol=1e-6, msg=name)
+
+
+class _Saved:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+def peak_saved_bytes(run) -> int:
+    """Most bytes that autograd held for a backward pass at one time; each storage counted once."""
+    held: dict[int, list[int]] = {}
+    now = peak = 0
+
+    def release(storage: int) -> None:
+        nonlocal now
+        held[storage][1] -= 1
+        if not held[storage][1]:
+            now -= held.pop(storage)[0]
+
+    def pack(tensor):
+        nonlocal now, peak
+        if tensor.is_leaf:  # weights and inputs are there anyway
+            return tensor
+        storage = tensor.untyped_storage().data_ptr()
+        if storage not in held:
+            held[storage] = [tensor.untyped_storage().nbytes(), 0]
+            now += held[storage][0]
+        held[storage][1] += 1
+        peak = max(peak, now)
+        saved = _Saved(tensor)
+        weakref.finalize(saved, release, storage)
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: getattr(saved, "tensor", saved)):
+        run()
+    return peak
+
+
+def test_a_batch_of_four_pieces_holds_a_quarter_of_the_activations(make_config, step):
+    student = make_config().train()
+    images, texts = step[0], {name: tensor[:16] for name, tensor in step[1].items()}
+
+    def run(micro_batch):
+        encoded = encode(student, images, texts, autocast=nullcontext, micro_batch=micro_batch)
+        out = encoded.embeddings
+        (out.images @ out.texts.T * out.scale).logsumexp(1).sum().backward()
+        encoded.finish()
+
+    whole, cached = peak_saved_bytes(lambda: run(None)), peak_saved_bytes(lambda: run(4))
+    assert whole > 1_000_000
+    assert cached < whole / 4  # a piece holds one side only, so less than a quarter
+
+
+def test_a_frozen_side_takes_no_second_gradient(make_config, step):
+    student = make_config().train()
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_("text" in name)
+    loss, cached = gradients(student, step, micro_batch=8)
+    again, plain = gradients(student, step)
+    assert cached.keys() == plain.keys()
+    assert cached
+    for name, gradient in plain.items():
+        torch.testing.assert_close(cached[name], gradient, rtol=0, atol=1e-5, msg=name)
+
+
+def test_maps_and_pieces_are_refused(make_config, step):
+    pairs = (torch.arange(3), torch.arange(3))
+    with pytest.raises(ValueError, match="leave micro_batch out"):
+        encode(make_config(), *step, autocast=nullcontext, micro_batch=4, attention_pairs=pairs)
