@@ -10,7 +10,7 @@ import numpy as np
 
 from distill.data.matches import ragged_ranges
 from distill.protocols import DIRECTIONS, Direction, Ids, Inputs
-from distill.sampler import BatchSampler, CandidateSampler
+from distill.sampler import BatchSampler, CandidateSampler, share_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,13 +81,13 @@ class Grid:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """Everything a step needs, on the CPU."""
+    """Everything a step needs, on the CPU: all of it but for the inputs, which are those of one process's share."""
 
     step: int
     image_ids: Ids  # (N,) distinct
     text_ids: Ids  # (M,) distinct
-    images: Inputs
-    texts: Inputs
+    images: Inputs  # of the share of image_ids
+    texts: Inputs  # of the share of text_ids
     grids: dict[Direction, Grid]
     pairs: tuple[Tensor, Tensor]  # image rows (P,), text rows (P,) of the batch's labelled pairs
     maps: tuple[Tensor, Tensor] | None = None  # teacher's log-probabilities (P, L, G), real tokens (P, L)
@@ -107,6 +107,7 @@ class Batches:
     maps: Callable[[Ids, Ids], tuple[Tensor, Tensor]] | None = None  # image ids (P,), text ids (P,) -> maps, tokens
     towers: tuple[Callable[[Ids, Ids], tuple[Tensor, Tensor]], ...] = ()  # image ids (N,), text ids (M,) -> vectors
     revision: Revision | None = None  # what becomes of suspected false negatives
+    share: tuple[int, int] = (0, 1)  # whose inputs are made: process i of n
 
     def __getitem__(self, step: int) -> StepBatch:
         """The batch of a global step."""
@@ -129,8 +130,8 @@ class Batches:
             step,
             image_ids,
             text_ids,
-            self.images(image_ids),
-            self.texts(text_ids),
+            self.images(image_ids[share_of(len(image_ids), *self.share)]),
+            self.texts(text_ids[share_of(len(text_ids), *self.share)]),
             grids,
             (
                 torch.from_numpy(np.searchsorted(image_ids, pairs[:, 0])),

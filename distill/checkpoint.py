@@ -62,7 +62,7 @@ def save_checkpoint(
     """
     folder.mkdir(parents=True, exist_ok=True)
     sweep_temporaries(folder)
-    final = folder / f"step-{step:09d}"
+    final = checkpoint_of(folder, step)
     with staged_folder(final) as staged:
         _write(staged, model, optimizer, others or {})
         hashes = {path.name: _hash(path) for path in sorted(staged.iterdir())}
@@ -86,6 +86,11 @@ def _write(staged: Path, model: nn.Module, optimizer: Optimizer, others: Others)
         staged / "trainer.pt",
     )
     (staged / "rng.json").write_text(json.dumps({"python": random.getstate(), "numpy": _numpy_state()}))
+
+
+def checkpoint_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint after so many steps lies."""
+    return folder / f"step-{step:09d}"
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -127,13 +132,13 @@ def load_checkpoint(
     load_weights(checkpoint, model)
     state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(state["optimizer"])
-    for name, other in (others or {}).items():
-        if other is not None and state.get(name) is not None:
-            other.load_state_dict(state[name])
     torch.set_rng_state(state["torch_rng"])
     if state["cuda_rng"] and torch.cuda.is_available() and len(state["cuda_rng"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda_rng"])
     _restore_host_rng(json.loads((checkpoint / "rng.json").read_text()))
+    for name, other in (others or {}).items():  # after the random state: one of several processes has its own
+        if other is not None and state.get(name) is not None:
+            other.load_state_dict(state[name])
     return int(marker["step"])
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distill import compare_commands, doctor_commands, stopping, store_commands
+from distill.progress import is_main_process
 
 if TYPE_CHECKING:
     from distill.experiment import Experiment
@@ -166,6 +167,9 @@ def main() -> None:
     Stopped by SIGTERM or SIGINT, what is done is kept and the exit code is 143 or 130.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if not is_main_process():  # of several: one log
+        logging.getLogger().setLevel(logging.ERROR)
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  (to the end of the process)
     for noisy in ("httpx", "faiss", "datasets", "accelerate", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
@@ -181,6 +185,17 @@ def main() -> None:
             raise
         typer.echo(f"error: {error}", err=True)
         raise SystemExit(2) from None
+    finally:
+        _leave_the_others()
+
+
+def _leave_the_others() -> None:
+    """End the group of processes, where there is one: torch warns of one that is left open."""
+    if "torch" in sys.modules:
+        from torch import distributed
+
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def _open(name: str, overrides: list[str]) -> Experiment:
@@ -212,7 +227,7 @@ def _begin(name: str, overrides: list[str], *, resume: bool) -> Experiment:
 
     x = _open(name, overrides)
     check(x)
-    claim(x, resume=resume)
+    x.ranks.work_alone(lambda: claim(x, resume=resume))
     return x
 
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from distill.inference import device_of
+from distill.ranks import Ranks
 from distill.slow_copy import MomentumSettings, SlowCopy, positives
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from contextlib import AbstractContextManager
+    from collections.abc import Mapping
+
+    from accelerate import Accelerator
 
     from distill.batches import StepBatch
     from distill.data.matches import Matches
@@ -71,7 +74,7 @@ class Companion:
             (self.slow.begin if self._fresh else self.slow.follow)(student)
 
     def extras(
-        self, out: Embeddings, batch: StepBatch, matches: Matches, autocast: Callable[[], AbstractContextManager[Any]]
+        self, out: Embeddings, batch: StepBatch, matches: Matches, accelerator: Accelerator
     ) -> dict[Direction, dict[str, Tensor]]:
         """What the losses of each direction read of it. Once a step: the batch's keys join the queue."""
         assert out.images is not None
@@ -83,7 +86,7 @@ class Companion:
         shared = {} if affine is None else {"affine": affine}
         made: dict[Direction, dict[str, Tensor]] = {"i2t": dict(shared), "t2i": dict(shared)}
         if self.slow is not None:
-            for direction, keys in _keys(self.slow, out, batch, matches, autocast).items():
+            for direction, keys in _keys(self.slow, out, batch, matches, accelerator).items():
                 made[direction] |= keys
         return made
 
@@ -121,19 +124,26 @@ def _keys(
     out: Embeddings,
     batch: StepBatch,
     matches: Matches,
-    autocast: Callable[[], AbstractContextManager[Any]],
+    accelerator: Accelerator,
 ) -> dict[Direction, dict[str, Tensor]]:
     """Queries of the batch against the copy's vectors of the batch's own items and of the queue."""
     assert out.images is not None
     assert out.texts is not None
     device = out.images.device
     rows = {"image": batch.grids["i2t"].rows, "text": batch.grids["t2i"].rows}
-    inputs = [
-        {name: tensor[rows[side]].to(device) for name, tensor in of_side.items()}
-        for side, of_side in (("image", batch.images), ("text", batch.texts))
-    ]
-    with autocast():
+    ranks, inputs, sizes = Ranks(accelerator), [], []
+    for of_side, wanted, ids in (
+        (batch.images, rows["image"], batch.image_ids),
+        (batch.texts, rows["text"], batch.text_ids),
+    ):
+        shares = ranks.shares(len(ids))
+        at = [slice(*np.searchsorted(wanted.numpy(), [share.start, share.stop]).tolist()) for share in shares]  # rows ascend
+        own = wanted[at[ranks.index]] - shares[ranks.index].start
+        inputs.append({name: tensor[own].to(device) for name, tensor in of_side.items()})
+        sizes.append([part.stop - part.start for part in at])
+    with accelerator.autocast():
         images, texts = slow.encode(*inputs)
+    images, texts = ranks.joined(images, sizes[0]), ranks.joined(texts, sizes[1])
     image_ids = torch.from_numpy(batch.image_ids)[rows["image"]]
     text_ids = torch.from_numpy(batch.text_ids)[rows["text"]]
     of_direction: tuple[tuple[Direction, Tensor, Tensor, Tensor, Tensor, Tensor], ...] = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -67,6 +68,8 @@ def compare_command(opening: Opening) -> Callable[..., None]:
         from distill.cells import run_cells
         from distill.comparing import gather
 
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("compare starts its own processes: run it without a launcher, and say how many by --jobs")
         command = _command(recipe, losses=losses, seeds=seeds, overrides=overrides, out=out)
         x = opening.by_name(recipe, overrides)
         plan = replace(_plan(opening, x, losses, seeds=seeds, out=out), command=command, gap_queries=gap_queries)

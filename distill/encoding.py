@@ -1,4 +1,4 @@
-"""A step's items through the student: all at once, or piece by piece under gradient caching.
+"""A step's items through the student: each process its share, all at once or piece by piece under gradient caching.
 
 Gradient caching (Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP 2021):
 the pieces are encoded without gradient, the loss over all vectors gives each vector's gradient, and each piece is
@@ -9,22 +9,23 @@ times; running statistics of a batch norm move twice.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from distill.protocols import SIDES, Embeddings
+from distill.protocols import Embeddings
+from distill.ranks import Ranks
+from distill.sampler import share_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-    from contextlib import AbstractContextManager
+    from collections.abc import Mapping
 
-    from distill.protocols import Side
+    from accelerate import Accelerator
 
     Tensors = Mapping[str, Tensor]
-    Autocast = Callable[[], AbstractContextManager[Any]]
 
 
 def encode(
@@ -32,40 +33,58 @@ def encode(
     images: Tensors,
     texts: Tensors,
     *,
-    autocast: Autocast,
+    accelerator: Accelerator,
+    counts: tuple[int, int],
     micro_batch: int | None = None,
     attention_pairs: tuple[Tensor, Tensor] | None = None,
 ) -> Encoded:
-    """Encode a step's distinct items with gradient.
+    """Encode a step's distinct items with gradient; every process gets the vectors of all.
 
     Args:
-        model: the student; its ``forward`` is called.
-        images: inputs of N images on the device.
-        texts: inputs of M texts on the device.
-        autocast: context of the forward passes.
-        micro_batch: most items of a side at once, by gradient caching; None, or at least N and M: all in one pass.
-        attention_pairs: rows of the pairs whose text→image map is wanted; only without gradient caching.
+        model: the student, prepared by the accelerator; its ``forward`` is called.
+        images: inputs of this process's share of the images, on the device.
+        texts: inputs of its share of the texts, on the device.
+        accelerator: casts, and knows the processes.
+        counts: N images and M texts of the whole step.
+        micro_batch: most items of a side at once, by gradient caching; None, or at least both shares: all in one pass.
+        attention_pairs: rows of the pairs whose text→image map is wanted; only in one process and one pass.
 
     Raises:
-        ValueError: maps and pieces are asked for together.
+        ValueError: maps are asked for together with pieces or with several processes.
     """
-    if micro_batch is None or max(_count(images), _count(texts)) <= micro_batch:
-        with autocast():
-            return Encoded(model(images, texts, attention_pairs=attention_pairs))
-    if attention_pairs is not None:
-        raise ValueError("attention maps need the whole batch's token states: leave micro_batch out")
-    sides: tuple[tuple[Side, Tensors], ...] = (("image", images), ("text", texts))
-    pieces = [piece for side, inputs in sides for piece in _cut(side, inputs, micro_batch)]
-    found: dict[Side, list[Tensor]] = {side: [] for side in SIDES}
+    ranks = Ranks(accelerator)
+    in_pieces = micro_batch is not None and max(_count(images), _count(texts)) > micro_batch
+    if attention_pairs is not None and (in_pieces or ranks.count > 1):
+        raise ValueError(
+            "attention maps need the whole batch's token states in one place: leave micro_batch out and train in one "
+            "process"
+        )
+    if not in_pieces:
+        with accelerator.autocast():
+            out: Embeddings = model(images, texts, attention_pairs=attention_pairs)
+        return Encoded(_joined(out, ranks, counts))
+    assert micro_batch is not None
+    pieces = _pieces(images, texts, micro_batch)
+    found: list[Embeddings] = []
     with torch.no_grad():
         for piece in pieces:
             piece.random = _RandomState.now(piece.device)
-            with autocast():
-                out = piece.through(model)
-            found[piece.side].append(_vectors(out, piece.side))
-    whole = {side: torch.cat(vectors).requires_grad_() for side, vectors in found.items()}
-    leaf = Embeddings(whole["image"], whole["text"], out.scale.detach().clone().requires_grad_())
-    return Encoded(leaf, _Cache(model, pieces, leaf, autocast))
+            found.append(piece.through(model, accelerator))
+    own = Embeddings(
+        torch.cat([out.images for out in found if out.images is not None]).requires_grad_(),
+        torch.cat([out.texts for out in found if out.texts is not None]).requires_grad_(),
+        found[0].scale.detach().clone().requires_grad_(),
+    )
+    return Encoded(_joined(own, ranks, counts), _Cache(model, accelerator, pieces, own))
+
+
+def _joined(out: Embeddings, ranks: Ranks, counts: tuple[int, int]) -> Embeddings:
+    if ranks.count == 1:
+        return out
+    assert out.images is not None
+    assert out.texts is not None
+    sizes = [[share.stop - share.start for share in ranks.shares(count)] for count in counts]
+    return replace(out, images=ranks.joined(out.images, sizes[0]), texts=ranks.joined(out.texts, sizes[1]))
 
 
 @dataclass(frozen=True)
@@ -83,43 +102,52 @@ class Encoded:
 
 @dataclass
 class _Piece:
-    side: Side
-    rows: slice
-    inputs: Tensors
+    images: tuple[Tensors, slice] | None  # inputs and where their vectors go; None where this piece has none
+    texts: tuple[Tensors, slice] | None
     random: _RandomState | None = None
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.inputs.values())).device
+        inputs, _ = self.images or self.texts or ({}, slice(0))
+        return next(iter(inputs.values())).device
 
-    def through(self, model: Any) -> Embeddings:
-        out: Embeddings = model(*(self.inputs if self.side == side else None for side in SIDES))
+    def through(self, model: Any, accelerator: Accelerator) -> Embeddings:
+        with accelerator.autocast():
+            out: Embeddings = model(*(None if side is None else side[0] for side in (self.images, self.texts)))
         return out
 
 
 @dataclass(frozen=True)
 class _Cache:
     model: Any
+    accelerator: Accelerator
     pieces: list[_Piece]
-    leaf: Embeddings
-    autocast: Autocast
+    own: Embeddings  # leaves, with gradient once the loss was differentiated
 
     def backward(self) -> None:
-        wholes = {"image": self.leaf.images, "text": self.leaf.texts}
-        scale = self.leaf.scale.grad
         for piece in self.pieces:
-            whole = wholes[piece.side]
-            assert whole is not None
-            assert piece.random is not None
-            piece.random.restore(piece.device)
-            with self.autocast():
-                out = piece.through(self.model)
-            due = [(_vectors(out, piece.side), _gradient(whole)[piece.rows])]
-            if scale is not None:
-                due, scale = [*due, (out.scale, scale)], None  # once
-            due = [(tensor, gradient) for tensor, gradient in due if tensor.requires_grad]  # none where all is frozen
-            if due:
-                torch.autograd.backward([tensor for tensor, _ in due], [gradient for _, gradient in due])
+            last = piece is self.pieces[-1]  # the processes average their gradients once
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                self._backward(piece, scale=last)
+
+    def _backward(self, piece: _Piece, *, scale: bool) -> None:
+        assert piece.random is not None
+        piece.random.restore(piece.device)
+        out = piece.through(self.model, self.accelerator)
+        due = [(out.scale, self.own.scale, slice(None))] if scale else []
+        for side, vectors, leaf in (
+            (piece.images, out.images, self.own.images),
+            (piece.texts, out.texts, self.own.texts),
+        ):
+            if side is not None and vectors is not None and leaf is not None:
+                due.append((vectors, leaf, side[1]))
+        # nothing is due where all is frozen, or where the loss reads only one side
+        with_gradient = [(t, leaf.grad, rows) for t, leaf, rows in due if t.requires_grad and leaf.grad is not None]
+        if with_gradient:
+            torch.autograd.backward(
+                [tensor for tensor, _, _ in with_gradient],
+                [grad if grad.dim() == 0 else grad[rows] for _, grad, rows in with_gradient],
+            )
 
 
 @dataclass(frozen=True)
@@ -137,21 +165,16 @@ class _RandomState:
             torch.cuda.set_rng_state(self.cuda, device)
 
 
-def _cut(side: Side, inputs: Tensors, size: int) -> Iterator[_Piece]:
-    for start in range(0, _count(inputs), size):
-        rows = slice(start, start + size)
-        yield _Piece(side, rows, {name: tensor[rows] for name, tensor in inputs.items()})
+def _pieces(images: Tensors, texts: Tensors, size: int) -> list[_Piece]:
+    """Each with items of both sides, as far as there are enough, so that it passes every weight."""
+    number = -(-max(_count(images), _count(texts)) // size)
+    return [_Piece(_part(images, place, number), _part(texts, place, number)) for place in range(number)]
+
+
+def _part(inputs: Tensors, place: int, number: int) -> tuple[Tensors, slice] | None:
+    rows = share_of(_count(inputs), place, number)
+    return ({name: tensor[rows] for name, tensor in inputs.items()}, rows) if rows.start < rows.stop else None
 
 
 def _count(inputs: Tensors) -> int:
     return len(next(iter(inputs.values())))
-
-
-def _vectors(out: Embeddings, side: Side) -> Tensor:
-    vectors = out.images if side == "image" else out.texts
-    assert vectors is not None
-    return vectors
-
-
-def _gradient(whole: Tensor) -> Tensor:
-    return torch.zeros_like(whole) if whole.grad is None else whole.grad

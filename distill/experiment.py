@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +23,14 @@ if TYPE_CHECKING:
     from distill.false_negatives import Likeness
     from distill.features import Features
     from distill.losses.combine import Weighted
+    from distill.ranks import Ranks
     from distill.scorer import Scorer, TeacherScorer
     from distill.store import ScoreStore
     from distill.teach import TeachSettings
     from distill.towers import TowerVectors
     from distill.train import TrainSettings
 
+PATIENCE = timedelta(days=2)  # of processes that wait while the first teaches or evaluates alone
 ATTENTION_WIDTH = 64  # of the throw-away heads that read the student's tokens
 # Items prepared, and run through a frozen tower, at a time. On a CPU, pictures by the hundred were measured ten times
 # slower than by the dozen: the early layers' outputs no longer fit any cache.
@@ -76,18 +80,33 @@ class Experiment:
     @cached_property
     def accelerator(self) -> Accelerator:
         """Device, precision and trackers."""
-        from accelerate import Accelerator
+        import torch
+        from accelerate import Accelerator, InitProcessGroupKwargs
 
-        train = self.recipe.train
+        train, launched = self.recipe.train, int(os.environ.get("WORLD_SIZE", "1"))
         made = Accelerator(
-            cpu=self.recipe.device == "cpu",
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+            # said outright, since accelerate joins processes without a GPU only where it is asked for the CPU
+            cpu=self.recipe.device == "cpu" or (launched > 1 and not torch.accelerator.is_available()),
             mixed_precision=train.precision,
             log_with=list(train.trackers) or None,
             project_dir=str(self.folder),
         )
+        if made.num_processes != launched:
+            raise ExperimentError(
+                f"a launcher started {launched} processes, but {made.num_processes} found one another: start them with "
+                "accelerate launch or torchrun on machines that reach each other, or run without a launcher"
+            )
         if train.trackers:
             made.init_trackers("cross2dual", config={"name": self.recipe.name, "seed": self.recipe.seed})
         return made
+
+    @cached_property
+    def ranks(self) -> Ranks:
+        """The processes of the run."""
+        from distill.ranks import Ranks
+
+        return Ranks(self.accelerator)
 
     def untaught_teacher(self) -> Any:
         """The teacher as the recipe gives it, before any teaching; an ensemble itself, whose members are taught."""
@@ -167,6 +186,7 @@ class Experiment:
             ScoreOptions(**self.recipe.score.model_dump()),
             self.recipe.evaluate.batch_size,
             self.accelerator.device,
+            self.ranks,
         )
 
     def fresh_student(self) -> Any:
@@ -204,17 +224,18 @@ class Experiment:
         return made
 
     def embed(self, student: Any, side: Side, rows: Ids) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Unit vectors (N, D) of corpus rows."""
+        """Unit vectors (N, D) of corpus rows; each process embeds its share and has all."""
         from distill.embed import embed
 
-        return embed(
+        own = embed(
             student,
             self.source(student, side),
-            rows,
+            rows[self.ranks.share(len(rows))],
             side,
             batch_size=self.recipe.evaluate.batch_size,
             device=self.accelerator.device,
         )
+        return self.ranks.joined_array(own, len(rows))
 
     @property
     def store(self) -> ScoreStore:

@@ -210,6 +210,8 @@ def covering(folder: Path, identity: str, rows: Ids) -> Features | None:
         found = Features(folder, identity)
     except FileNotFoundError:
         strange = [path.name for path in folder.glob("*") if path.suffix != ".npy"]
+        if MANIFEST in strange:  # another process has finished it just now
+            return covering(folder, identity, rows)
         if strange:
             raise ValueError(
                 f"{folder} holds {strange[:_SHOWN]} and is no feature folder; nothing is written there"

@@ -17,14 +17,17 @@ if TYPE_CHECKING:
 class Meter:
     """Writes one line a log step: loss and its parts, the latest values, gradient norm, items a second, waiting."""
 
-    def __init__(self, path: Path, log_every: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: Path | None, log_every: int) -> None:
+        """``path``: of the lines; None in a process that writes none."""
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
         self._path, self._log_every = path, log_every
         self._clear()
 
     def begin(self, step: int) -> None:
         """Lines of later steps go: these are run again. The clock starts."""
-        _drop_lines_from(self._path, step)
+        if self._path is not None:
+            _drop_lines_from(self._path, step)
         self._began = time.perf_counter()
 
     def _clear(self) -> None:
@@ -70,8 +73,9 @@ class Meter:
             "items_per_second": self._items / seconds,
             "waiting_share": self._waited / seconds,
         }
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": batch.step + 1, **line}) + "\n")
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": batch.step + 1, **line}) + "\n")
         self._clear()
         return line
 

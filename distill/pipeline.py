@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from distill.experiment import Experiment
     from distill.losses.combine import Weighted
+    from distill.ranks import Ranks
     from distill.recipe.schema import TeachRecipe
     from distill.slow_copy import MomentumSettings
     from distill.towers import TowerVectors
@@ -39,7 +40,12 @@ DONE = "done.json"
 
 
 def taught_teacher(x: Experiment) -> Path:
-    """Folder of the taught teacher; teaches it where that has not been done."""
+    """Folder of the taught teacher; where that has not been done, one process teaches it."""
+    x.ranks.work_alone(lambda: _teach(x))
+    return x.folder / "teacher"
+
+
+def _teach(x: Experiment) -> None:
     from distill.teach import TeachingError, teach
 
     assert x.recipe.teach is not None
@@ -56,7 +62,7 @@ def taught_teacher(x: Experiment) -> Path:
                 f"{folder} holds a teacher taught with other data or settings; give this run another name, delete "
                 f"the folder, or use it as it is: --set teacher.checkpoint={folder} --set teach=null"
             )
-        return folder
+        return
     teacher = x.untaught_teacher()
     work = x.folder / "teach"
     batches = Batches(
@@ -70,7 +76,6 @@ def taught_teacher(x: Experiment) -> Path:
     with staged_folder(folder) as staged:
         teacher.save_pretrained(staged)
         (staged / DONE).write_text(json.dumps({"meaning": meaning}))
-    return folder
 
 
 def _meaning_of_teaching(teach: TeachRecipe) -> dict[str, Any]:
@@ -150,10 +155,14 @@ def trained_arm(x: Experiment, name: str) -> Path:
         checkpoint = reached
     assert checkpoint is not None
     load_weights(checkpoint, student)
+    x.ranks.work_alone(lambda: _save_student(student, final, name))
+    return final
+
+
+def _save_student(student: Any, final: Path, arm: str) -> None:
     with staged_folder(final) as staged:
         student.save_pretrained(staged)
-        (staged / DONE).write_text(json.dumps({"arm": name}))
-    return final
+        (staged / DONE).write_text(json.dumps({"arm": arm}))
 
 
 def _unless_done(folder: Path, stretch: Stretch) -> Path | None:
@@ -182,7 +191,7 @@ def _phase(
     pairs = x.corpus.split_pairs("train")
     known = revision = None
     if scores:
-        note_what_is_asked(x, pairs, mined, stretch, folder / "metrics.jsonl")
+        x.ranks.work_alone(lambda: note_what_is_asked(x, pairs, mined, stretch, folder / "metrics.jsonl"))
         known = scores_of(x, pairs, mined)
         warn_of_odd_scores(pairs, known, mined, losses)
         revision = revision_of(x, mined, known, stretch, metrics=folder / "metrics.jsonl")
@@ -246,7 +255,7 @@ def candidates(x: Experiment, stretch: Stretch, *, student: Any, folder: Path) -
     paths = _candidate_files(x.folder / SHARED if stretch.number == 1 else folder, stretch)
     if not all(path.is_file() for path in paths.values()):
         for direction, found in _mine(x, student).items():
-            write_atomically(paths[direction], partial(_save, found))
+            x.ranks.work_alone(partial(write_atomically, paths[direction], partial(_save, found)))
     return {direction: _load(path, direction) for direction, path in paths.items()}
 
 
@@ -265,17 +274,26 @@ def _mine(x: Experiment, student: Any) -> dict[Direction, Candidates]:
     found: dict[Direction, Candidates] = {}
     for direction in DIRECTIONS:
         query, item = sides_of(direction)
-        margin = recipe.drop_above_positive
-        found[direction] = mine(
+        margin, queries = recipe.drop_above_positive, len(ids[query])
+        # dropping asks the teacher, which all processes do together: then each mines all
+        share = x.ranks.share(queries) if margin is None else slice(None)
+        own = mine(
             VectorIndex.build(vectors[item], ids[item], factory=recipe.factory, nprobe=recipe.nprobe),
-            vectors[query],
-            query_ids=ids[query],
+            vectors[query][share],
+            query_ids=ids[query][share],
             matches=x.corpus.matches,
             direction=direction,
             settings=MineSettings(recipe.k, skip_top=recipe.skip_top),
             drop=None if margin is None else TeacherMargin(margin, x.ask, x.corpus.matches, direction),
         )
+        found[direction] = own if margin is not None else _joined(own, x.ranks, queries)
     return found
+
+
+def _joined(own: Candidates, ranks: Ranks, queries: int) -> Candidates:
+    """What all processes have mined, in the order of the queries."""
+    arrays = (own.query_ids, own.item_ids, own.similarity, own.positive)
+    return Candidates(own.direction, *(ranks.joined_array(array, queries) for array in arrays))
 
 
 def _save(found: Candidates, file: Any) -> None:

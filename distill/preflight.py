@@ -61,6 +61,10 @@ def _check_sizes(x: Experiment) -> None:
             f"train.batch_size is {x.recipe.train.batch_size} but the training split has {pairs} pairs: "
             f"lower it to at most {pairs}"
         )
+    if x.recipe.train.batch_size < x.ranks.count:
+        raise PreflightError(
+            f"train.batch_size is {x.recipe.train.batch_size} for {x.ranks.count} processes: each needs a pair at least"
+        )
     if x.recipe.teach is not None and pairs < x.recipe.teach.batch_size:
         raise PreflightError(
             f"teach.batch_size is {x.recipe.teach.batch_size} but the training split has {pairs} pairs: "
@@ -108,6 +112,11 @@ def _check_maps(x: Experiment, teacher: Any) -> None:
         raise PreflightError(
             f"{where} needs the token states of the whole batch, but train.micro_batch is "
             f"{x.recipe.train.micro_batch}: leave micro_batch out, or take another loss"
+        )
+    if x.ranks.count > 1:
+        raise PreflightError(
+            f"{where} needs the token states of the whole batch in one place, but there are {x.ranks.count} processes: "
+            "start one, or take another loss"
         )
     if not isinstance(teacher, MapsTeacher):
         raise PreflightError(

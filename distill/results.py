@@ -34,12 +34,20 @@ Vectors = np.ndarray[Any, np.dtype[np.float32]]
 
 
 def finish(x: Experiment) -> dict[str, dict[str, float]]:
-    """Train what is not trained, evaluate everything on the recipe's split, write and show the results."""
-    from distill.report.table import results_table
+    """Train what is not trained, evaluate everything on the recipe's split, write and show the results.
 
+    Of several processes the first evaluates; the others get an empty summary.
+    """
     if any(arm.distils for arm in x.recipe.arms.values()):
         x.scorer  # noqa: B018  (taught first: what can go wrong there is known before the students' time is spent)
     students = {name: trained_arm(x, name) for name in x.recipe.arms}
+    return x.ranks.work_alone(lambda: _results(x, students)) or {}
+
+
+def _results(x: Experiment, students: Mapping[str, Path]) -> dict[str, dict[str, float]]:
+    """Of trained students."""
+    from distill.report.table import results_table
+
     split = x.corpus.split(x.recipe.evaluate.split)
     evaluations = {TEACHER: evaluate_teacher(x, split, fallback=next(iter(students.values())))}
     vectors: dict[str, dict[Side, Vectors]] = {}

@@ -67,6 +67,11 @@ class CandidateSampler:
         return np.take_along_axis(items, chosen, axis=1)
 
 
+def share_of(n: int, index: int, count: int) -> slice:
+    """Part ``index`` of ``count`` of ``n`` items: contiguous, sizes differ by one at most."""
+    return slice(n * index // count, n * (index + 1) // count)
+
+
 def hash_uniform(draw: Sequence[int], ids: Ids, width: int) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Uniform numbers (N, width) in [0, 1), each a function of (draw, id, column) alone: SplitMix64.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from distill.features import Features
     from distill.protocols import Ids, Inputs, ScoreKind, Side
+    from distill.ranks import Ranks
     from distill.score import ScoreOptions
     from distill.store import ScoreStore
 
@@ -76,6 +77,7 @@ class TeacherScorer:
     options: ScoreOptions
     batch_size: int  # of embedding
     device: torch.device
+    ranks: Ranks  # each asks for its share of the pairs
 
     @property
     def identity(self) -> str:
@@ -96,6 +98,7 @@ class TeacherScorer:
         """Scores (P,); only what the store lacks is computed."""
         from distill.score import score_pairs
 
+        self.ranks.wait()  # nobody asks while another still counts what is there
         score_pairs(
             self.teacher,
             self.store,
@@ -103,8 +106,10 @@ class TeacherScorer:
             text_ids,
             image_source=self.source("image"),
             text_source=self.source("text"),
-            options=self.options,
+            options=replace(self.options, shard=(self.ranks.index, self.ranks.count)),
         )
+        self.ranks.wait()
+        self.store.refresh()
         return self.store.require(image_ids, text_ids)
 
     def lookup(self, image_ids: Ids, text_ids: Ids) -> Scores:

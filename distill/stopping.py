@@ -85,12 +85,12 @@ def finishing() -> Iterator[None]:
     heed()
 
 
-def told() -> bool:
-    """Whether a signal waits to be heeded."""
-    return _ear.told is not None
+def told() -> int:
+    """The signal that waits to be heeded; 0 where there is none."""
+    return _ear.told or 0
 
 
-def heed() -> None:
-    """Raise ``Stopped`` if a signal waits: what was in hand is kept by now."""
-    if _ear.told is not None:
-        raise Stopped(_ear.told)
+def heed(number: int = 0) -> None:
+    """Raise ``Stopped`` if a signal waits, here or as ``number`` elsewhere: what was in hand is kept by now."""
+    if _ear.told or number:
+        raise Stopped(_ear.told or number)

@@ -103,7 +103,7 @@ def revision_of(
             for (kind, count), treatment in zip(those.counts().items(), recipe.treatments, strict=True)
         )
         log.info("false negatives, %s: of %d candidates %s", direction, those.candidates, counts)
-    _note(found, stretch, metrics)
+    x.ranks.work_alone(lambda: _note(found, stretch, metrics))
     return Revision.of(
         list(found.suspects.values()),
         recipe.treatments,

@@ -96,7 +96,9 @@ def teach(
     """
     optimizer = _make_optimizer(teacher, settings)
     base_lrs = [group["lr"] for group in optimizer.param_groups]
-    teacher, prepared = accelerator.prepare(teacher, optimizer)
+    # one process teaches, whatever their number: the model is cast and placed, not spread over them
+    teacher = accelerator.prepare_model(teacher, evaluation_mode=True)
+    prepared = accelerator.prepare_optimizer(optimizer)
     model: Any = accelerator.unwrap_model(teacher)
     pair_loss = _matching if isinstance(model, TeachableTeacher) else _similarity
     start = 0

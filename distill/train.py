@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from distill import stopping
 from distill.batches import Batches, StepBatch
-from distill.checkpoint import Others, latest_checkpoint, load_checkpoint, save_checkpoint, step_of
+from distill.checkpoint import Others, checkpoint_of, latest_checkpoint, load_checkpoint, save_checkpoint, step_of
 from distill.companion import Companion
 from distill.encoding import Encoded, encode
 from distill.extras import extras_of_direction, extras_of_step
@@ -27,6 +28,7 @@ from distill.losses.combine import NonFiniteLossError, Weighted
 from distill.meter import Meter
 from distill.progress import Progress
 from distill.protocols import Direction, Embeddings, Inputs, Scored
+from distill.ranks import RandomStates, Ranks
 from distill.slow_copy import MomentumSettings
 
 log = logging.getLogger(__name__)
@@ -108,50 +110,56 @@ def train(
         phase: what to run.
         settings: schedule and sizes.
         folder: checkpoints go to ``folder/checkpoints``, one line a log step to ``folder/metrics.jsonl``.
-        accelerator: one process; places the tensors, casts, tracks.
+        accelerator: places the tensors, casts, tracks, and knows the other processes.
         start_from: checkpoint of the phase before.
 
     Raises:
         TrainingError: a loss, embedding or teacher score is not finite; the message names the ids.
     """
-    if accelerator.num_processes > 1:
-        raise TrainingError(
-            "training runs in one process; start it with `distill run`, not with several by accelerate launch"
-        )
+    ranks = Ranks(accelerator)
     checkpoints = folder / "checkpoints"
     optimizer = make_optimizer(student, settings)
     companion = Companion(student, phase.losses.needs, phase.momentum)
     model, prepared = accelerator.prepare(student, optimizer)
-    meter = Meter(folder / "metrics.jsonl", settings.log_every)
-    others = {"scaler": accelerator.scaler, "companion": None if companion.is_empty else companion, "meter": meter}
+    meter = Meter(folder / "metrics.jsonl" if ranks.first else None, settings.log_every)
+    randoms = RandomStates(ranks, accelerator.device)
+    others = {
+        "scaler": accelerator.scaler,
+        "companion": None if companion.is_empty else companion,
+        "meter": meter,
+        "randoms": randoms,
+    }
     restored = [latest_checkpoint(checkpoints), start_from]
     start = _restore(restored, accelerator.unwrap_model(model), optimizer, phase, others)
     meter.begin(start)
     if start == 0:
-        set_seed(settings.seed)  # whatever was computed before, the first step finds the same random state
+        # whatever was computed before, the first step finds the same random state, each process its own
+        set_seed(settings.seed, device_specific=True)
     done = latest_checkpoint(checkpoints)
+    batches = replace(phase.batches, share=(ranks.index, ranks.count))
     with (
         stopping.finishing(),
         reproducible(accelerator.device),
         Progress(phase.stop - start, f"train {folder.name}", unit="steps") as bar,
     ):
-        for batch, waited in _load(phase.batches, start, phase.stop, settings.workers):
+        for batch, waited in _load(batches, start, phase.stop, settings.workers):
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr_at(batch.step)
             model.train()
             companion.begin_step(accelerator.unwrap_model(model))
-            loss = _step_loss(
-                model,
-                batch,
-                phase,
-                accelerator,
-                companion,
-                micro_batch=settings.micro_batch,
-                progress=settings.progress_at(batch.step),
-                measured=meter.due(batch.step),
-            )
-            accelerator.backward(loss.total)
-            loss.encoded.finish()
+            with _memory_advice(batch.step, settings):
+                loss = _step_loss(
+                    model,
+                    batch,
+                    phase,
+                    accelerator,
+                    companion,
+                    micro_batch=settings.micro_batch,
+                    progress=settings.progress_at(batch.step),
+                    measured=meter.due(batch.step),
+                )
+                accelerator.backward(loss.total)
+                loss.encoded.finish()
             norm = accelerator.clip_grad_norm_(model.parameters(), settings.grad_clip)
             _check_gradient(norm, batch, accelerator)
             companion.step(settings.lr_at(batch.step) / settings.lr, accelerator.scaler)  # before fp16's scale changes
@@ -163,21 +171,39 @@ def train(
                 accelerator.log({f"{folder.name}/{key}": value for key, value in line.items()}, step=batch.step + 1)
             bar.advance(1)
             finished = batch.step + 1
-            if finished == phase.stop or finished % settings.checkpoint_every == 0 or stopping.told():
-                done = save_checkpoint(
-                    checkpoints,
-                    step=finished,
-                    model=accelerator.unwrap_model(model),
-                    optimizer=optimizer,
-                    meaning=phase.meaning,
-                    others=others,
-                    keep=settings.keep_checkpoints,
-                )
-                stopping.heed()
+            told = ranks.most(stopping.told())
+            if finished == phase.stop or finished % settings.checkpoint_every == 0 or told:
+                randoms.gather()
+                if ranks.first:
+                    save_checkpoint(
+                        checkpoints,
+                        step=finished,
+                        model=accelerator.unwrap_model(model),
+                        optimizer=optimizer,
+                        meaning=phase.meaning,
+                        others=others,
+                        keep=settings.keep_checkpoints,
+                    )
+                ranks.wait()
+                done = checkpoint_of(checkpoints, finished)
+                stopping.heed(told)
     if done is None:
         raise TrainingError(f"{folder}: nothing to train: the phase ends at step {phase.stop} and starts at {start}")
     accelerator.free_memory()
     return done
+
+
+@contextmanager
+def _memory_advice(step: int, settings: TrainSettings) -> Iterator[None]:
+    """One process that fails ends its launcher's others; what it says is what people read."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        half = (settings.micro_batch or settings.batch_size) // 2
+        raise TrainingError(
+            f"step {step}: the device is out of memory ({str(error).splitlines()[0]}); set train.micro_batch to "
+            f"{max(1, half)}, which changes no gradient, or lower train.candidates_per_query or train.batch_size"
+        ) from error
 
 
 def _restore(restored: list[Path | None], model: nn.Module, optimizer: Any, phase: Phase, others: Others) -> int:
@@ -238,7 +264,8 @@ def _step_loss(
         model,
         move(batch.images, device),
         move(batch.texts, device),
-        autocast=accelerator.autocast,
+        accelerator=accelerator,
+        counts=(len(batch.image_ids), len(batch.text_ids)),
         micro_batch=micro_batch,
         attention_pairs=attention_pairs,
     )
@@ -247,7 +274,7 @@ def _step_loss(
         raise TrainingError("the student gave no embeddings for one side")
     _check_embeddings(out, batch)
     extras = extras_of_step(out, batch, losses.needs, device, followed=phase.followed)
-    beside = companion.extras(out, batch, phase.batches.matches, accelerator.autocast)
+    beside = companion.extras(out, batch, phase.batches.matches, accelerator)
     parts: dict[str, Tensor] = {}
     values = {"scale": out.scale.detach()}
     for direction, grid in batch.grids.items():

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from pydantic import TypeAdapter, ValidationError
 
 from distill.batches import Batches
@@ -138,7 +138,7 @@ def test_keys_equal_a_loop_over_three_steps(batches: Batches) -> None:  # noqa: 
             for own, weight in zip(slow.parameters(), student.parameters(), strict=True):
                 own.copy_(weight if number == 0 else 0.5 * own + 0.5 * weight)
         out = student(step.images, step.texts)
-        found = companion.extras(out, step, batches.matches, nullcontext)
+        found = companion.extras(out, step, batches.matches, Accelerator(cpu=True))
         theirs = slow(step.images, step.texts)
         own = {"image": step.grids["i2t"].rows.tolist(), "text": step.grids["t2i"].rows.tolist()}
         mined += len(step.image_ids) - len(own["image"])
@@ -200,11 +200,11 @@ def test_the_learned_map_finds_the_teachers_scale_and_shift_and_is_shared_by_bot
     there = torch.ones_like(student, dtype=torch.bool)
     scored = Scored(student, 12 * student - 5, there & False, there, torch.tensor(1.0))
     out = ToyStudent()(batches[0].images, batches[0].texts)
-    start = companion.extras(out, batches[0], batches.matches, nullcontext)
+    start = companion.extras(out, batches[0], batches.matches, Accelerator(cpu=True))
     assert start["i2t"]["affine"] is start["t2i"]["affine"]
     assert start["i2t"]["affine"].tolist() == pytest.approx([out.scale.item(), 0.0])  # the student's own logit
     for _ in range(1500):
-        extras = companion.extras(out, batches[0], batches.matches, nullcontext)["i2t"]
+        extras = companion.extras(out, batches[0], batches.matches, Accelerator(cpu=True))["i2t"]
         LogitMSE(affine="learned")(replace(scored, extras=extras)).backward()
         companion.step(1.0, None)
     assert companion.logged() == {"affine_a": pytest.approx(12, abs=0.05), "affine_b": pytest.approx(-5, abs=0.05)}

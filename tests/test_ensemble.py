@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 from distill.embed import NoContrastiveHeadError, live_source
 from distill.ensemble import Calibrated, Ensemble, EnsembleError, EnsembleSettings, Member, calibration_pairs
+from distill.ranks import Ranks
 from distill.score import ScoreOptions
 from distill.scorer import TeacherScorer
 from distill.store import ScoreStore
@@ -62,7 +64,13 @@ class Counted:
         )
         options = ScoreOptions(show_progress=False)
         return TeacherScorer(
-            teacher, store, lambda side: live_source(CORPUS, side, teacher), options, 16, torch.device("cpu")
+            teacher,
+            store,
+            lambda side: live_source(CORPUS, side, teacher),
+            options,
+            16,
+            torch.device("cpu"),
+            Ranks(Accelerator(cpu=True)),
         )
 
     def member(self, make: Callable[[], Any], name: str = "member") -> Member:

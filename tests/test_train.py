@@ -192,6 +192,23 @@ def test_embeddings_that_are_not_finite_are_named(tmp_path: Path) -> None:
         run(tmp_path, student=student)
 
 
+class HungryStudent(ToyStudent):
+    """Fits in memory up to so many items at once."""
+
+    def forward(self, images=None, texts=None, *, attention_pairs=None):
+        if images is not None and len(images["shade"]) > 2:
+            raise torch.OutOfMemoryError("tried to allocate 2.00 GiB\nand more")
+        return super().forward(images, texts)
+
+
+def test_out_of_memory_says_what_to_lower_and_that_helps(tmp_path: Path) -> None:
+    says = r"step 0: .*out of memory \(tried to allocate 2.00 GiB\); set train.micro_batch to 3"
+    with pytest.raises(TrainingError, match=says):
+        run(tmp_path / "whole", student=HungryStudent())
+    run(tmp_path / "pieces", student=HungryStudent(), settings=replace(SETTINGS, micro_batch=2))
+    assert lines(tmp_path / "pieces")[-1]["step"] == 12
+
+
 def test_the_rate_rises_then_falls_to_zero() -> None:
     rates = [SETTINGS.lr_at(step) for step in range(13)]
     assert rates[0] == pytest.approx(0.025)
