@@ -141,8 +141,8 @@ def test_search_answers_text_and_picture_and_writes_the_sheet(whole: Path) -> No
     assert "no such file" in missing.stderr
 
 
-def begin(folder: Path) -> subprocess.Popen[bytes]:
-    overrides = [f"--set={item}" for item in [*TINY, f"runs={folder / 'runs'}", f"cache={folder / 'cache'}"]]
+def begin(folder: Path, *settings: str) -> subprocess.Popen[bytes]:
+    overrides = [f"--set={item}" for item in [*TINY, *settings, f"runs={folder / 'runs'}", f"cache={folder / 'cache'}"]]
     return subprocess.Popen(
         [sys.executable, "-m", "distill", "run", "quickstart", "--resume", *overrides],
         cwd=folder,
