@@ -137,7 +137,9 @@ def _keys(
         (batch.texts, rows["text"], batch.text_ids),
     ):
         shares = ranks.shares(len(ids))
-        at = [slice(*np.searchsorted(wanted.numpy(), [share.start, share.stop]).tolist()) for share in shares]  # rows ascend
+        at = [
+            slice(*np.searchsorted(wanted.numpy(), [share.start, share.stop]).tolist()) for share in shares
+        ]  # rows ascend
         own = wanted[at[ranks.index]] - shares[ranks.index].start
         inputs.append({name: tensor[own].to(device) for name, tensor in of_side.items()})
         sizes.append([part.stop - part.start for part in at])

@@ -155,8 +155,8 @@ def test_every_arm_is_in_every_table_with_its_figures():
     assert body["plain"][0] == "plain undistilled"
     for figures in analysis.arms:
         spread = figures.metrics["t2i_r5"]
-        assert body[figures.arm][5] == f"{spread.mean:.1f} ± {spread.std:.1f}"
-        assert body[figures.arm][7].startswith(f"{figures.metrics['rsum'].mean:.1f} ± ")
+        assert body[figures.arm][8] == f"{spread.mean:.1f} ± {spread.std:.1f}"
+        assert body[figures.arm][1].startswith(f"{figures.metrics['rsum'].mean:.1f} ± ")
     assert {row[0]: row[1] for row in losses[1:] if row[0] == "m3se"} == {"m3se": comparison.arms["m3se"]}
 
 
@@ -238,7 +238,8 @@ def test_markdown_holds_the_same_tables():
         [cell.replace(" (undistilled)", "").replace(" (best)", "") for cell in row] for row in markdown.tables[0][1:]
     ]
     assert bare == marked
-    assert markdown.tables[0][0][4] == "text → image R@1"
+    assert markdown.tables[0][0][1] == "RSUM"
+    assert markdown.tables[0][0][7] == "text → image R@1"
     assert all(f"{one.arm}: {one.words}." in markdown.text for one in analysis.against_best)
     assert "Kendall" in markdown.text
     assert "teacher over K = 64" in markdown.text

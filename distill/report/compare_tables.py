@@ -64,19 +64,20 @@ def results_grid(comparison: Comparison, analysis: Analysis) -> Grid:
     if comparison.teacher is not None:
         metrics = comparison.teacher.metrics
         recalls = [number(metrics[name]) for name in RECALLS]
-        cells = [TEACHER, *recalls, number(metrics["rsum"]), ABSENT, "100 %"]
+        cells = [TEACHER, number(metrics["rsum"]), ABSENT, "100 %", *recalls]
         lines.append((metrics["rsum"], Row(cells, "teacher")))
     lines.sort(key=lambda line: -line[0])
-    heads = ["arm", *("R@1", "R@5", "R@10") * 2, "RSUM", "95 % interval", "gap closed"]
-    heads[-2] = f"{100 * analysis.how.confidence:g} % interval"
-    return Grid(heads, [row for _, row in lines], [("", 1), *((WAYS[way], 3) for way in DIRECTIONS), ("", 3)])
+    interval = f"{100 * analysis.how.confidence:g} % interval"
+    # what is compared comes first: on a narrow page the rest is to be scrolled to
+    heads = ["arm", "RSUM", interval, "gap closed", *("R@1", "R@5", "R@10") * 2]
+    return Grid(heads, [row for _, row in lines], [("", 4), *((WAYS[way], 3) for way in DIRECTIONS)])
 
 
 def terminal_grid(comparison: Comparison, analysis: Analysis) -> Grid:
     """The same without deviations of recalls and without the interval: a terminal is 80 to 120 letters wide."""
     whole = results_grid(comparison, analysis)
     rows = [
-        Row([row.cells[0], *(cell.split(" ")[0] for cell in row.cells[1:7]), row.cells[7], row.cells[9]], row.mark)
+        Row([row.cells[0], *(cell.split(" ")[0] for cell in row.cells[4:]), row.cells[1], row.cells[3]], row.mark)
         for row in whole.rows
     ]
     return Grid(["", *HEADS, "gap closed"], rows)
@@ -87,13 +88,13 @@ def _rsum(figures: ArmFigures) -> float:
 
 
 def _result_row(figures: ArmFigures, analysis: Analysis) -> Row:
-    cells = [figures.arm, *(plus_minus(figures.metrics.get(name)) for name in METRICS)]
     found = figures.rsum
-    if found is None or found.low is None or found.high is None:
-        cells.append(ABSENT)
-    else:
-        cells.append(f"{number(found.low)} to {number(found.high)}")
-    cells.append(plus_minus(figures.gap_closed, digits=0, unit=" %"))
+    interval = ABSENT
+    if found is not None and found.low is not None and found.high is not None:
+        interval = f"{number(found.low)} to {number(found.high)}"
+    gap = plus_minus(figures.gap_closed, digits=0, unit=" %")
+    recalls = [plus_minus(figures.metrics.get(name)) for name in RECALLS]
+    cells = [figures.arm, plus_minus(figures.metrics.get("rsum")), interval, gap, *recalls]
     return Row(cells, mark_of(figures.arm, analysis))
 
 
