@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from distill.data.matches import ragged_ranges
-from distill.protocols import DIRECTIONS, Direction, Ids, Inputs
+from distill.protocols import DIRECTIONS, Direction, Ids, Inputs, Side
 from distill.sampler import BatchSampler, CandidateSampler, share_of
 
 if TYPE_CHECKING:
@@ -80,18 +80,33 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Remembered:
+    """Vectors that stand in for items of a step, as the student that mined saw them."""
+
+    rows: Tensor  # (R,) rows of the items among the step's of their side
+    vectors: Tensor  # (R, D) unit
+
+
+@dataclass(frozen=True)
 class StepBatch:
     """Everything a step needs, on the CPU: all of it but for the inputs, which are those of one process's share."""
 
     step: int
     image_ids: Ids  # (N,) distinct
     text_ids: Ids  # (M,) distinct
-    images: Inputs  # of the share of image_ids
-    texts: Inputs  # of the share of text_ids
+    images: Inputs  # of the share of the encoded images
+    texts: Inputs  # of the share of the encoded texts
     grids: dict[Direction, Grid]
-    pairs: tuple[Tensor, Tensor]  # image rows (P,), text rows (P,) of the batch's labelled pairs
+    pairs: tuple[Tensor, Tensor]  # of the batch's labelled pairs: rows (P,) among the encoded images, the encoded texts
     maps: tuple[Tensor, Tensor] | None = None  # teacher's log-probabilities (P, L, G), real tokens (P, L)
     vectors: tuple[tuple[Tensor, Tensor], ...] = ()  # of each dual-encoder among the teacher: (N, D), (M, D), unit
+    remembered: Mapping[Side, Remembered] = field(default_factory=dict)  # of sides whose mined items are not encoded
+
+    def encoded(self, side: Side) -> Ids:
+        """Ids of the items that are encoded: all of the side's, or without those that are remembered."""
+        ids = self.image_ids if side == "image" else self.text_ids
+        kept = self.remembered.get(side)
+        return ids if kept is None else np.delete(ids, kept.rows.numpy())
 
 
 @dataclass(frozen=True)
@@ -108,6 +123,7 @@ class Batches:
     towers: tuple[Callable[[Ids, Ids], tuple[Tensor, Tensor]], ...] = ()  # image ids (N,), text ids (M,) -> vectors
     revision: Revision | None = None  # what becomes of suspected false negatives
     share: tuple[int, int] = (0, 1)  # whose inputs are made: process i of n
+    memory: Mapping[Side, Callable[[Ids], Tensor]] = field(default_factory=dict)  # vectors (N, D) of mined items
 
     def __getitem__(self, step: int) -> StepBatch:
         """The batch of a global step."""
@@ -125,21 +141,32 @@ class Batches:
             mined[direction] = np.unique(drawn[drawn >= 0])
         image_ids = np.union1d(own["i2t"], mined["t2i"])
         text_ids = np.union1d(own["t2i"], mined["i2t"])
+        sides: tuple[tuple[Side, Ids, Ids], ...] = (("image", image_ids, own["i2t"]), ("text", text_ids, own["t2i"]))
+        remembered = {side: self._remembered(side, ids, mine) for side, ids, mine in sides if side in self.memory}
+        encoded = (own["i2t"], own["t2i"]) if remembered else (image_ids, text_ids)
         grids = {direction: self._grid(direction, own, image_ids, text_ids, step=step) for direction in DIRECTIONS}
         return StepBatch(
             step,
             image_ids,
             text_ids,
-            self.images(image_ids[share_of(len(image_ids), *self.share)]),
-            self.texts(text_ids[share_of(len(text_ids), *self.share)]),
+            self.images(encoded[0][share_of(len(encoded[0]), *self.share)]),
+            self.texts(encoded[1][share_of(len(encoded[1]), *self.share)]),
             grids,
             (
-                torch.from_numpy(np.searchsorted(image_ids, pairs[:, 0])),
-                torch.from_numpy(np.searchsorted(text_ids, pairs[:, 1])),
+                torch.from_numpy(np.searchsorted(encoded[0], pairs[:, 0])),
+                torch.from_numpy(np.searchsorted(encoded[1], pairs[:, 1])),
             ),
             None if self.maps is None else self.maps(pairs[:, 0], pairs[:, 1]),
             tuple(tower(image_ids, text_ids) for tower in self.towers),
+            remembered,
         )
+
+    def _remembered(self, side: Side, ids: Ids, own: Ids) -> Remembered:
+        """Of the mined items among a step's; what is the batch's own is encoded, mined or not."""
+        import torch
+
+        rows = np.flatnonzero(~np.isin(ids, own))
+        return Remembered(torch.from_numpy(rows), self.memory[side](ids[rows]))
 
     def _grid(
         self, direction: Direction, own: dict[Direction, Ids], image_ids: Ids, text_ids: Ids, *, step: int

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from distill.batches import StepBatch
     from distill.data.matches import Matches
-    from distill.protocols import Direction, Embeddings
+    from distill.protocols import Direction, Embeddings, Ids, Inputs, Side
 
 log = logging.getLogger(__name__)
 KEYS = frozenset({"keys_student", "keys_momentum", "keys_positive", "keys_valid"})
@@ -132,11 +132,14 @@ def _keys(
     device = out.images.device
     rows = {"image": batch.grids["i2t"].rows, "text": batch.grids["t2i"].rows}
     ranks, inputs, sizes = Ranks(accelerator), [], []
-    for of_side, wanted, ids in (
-        (batch.images, rows["image"], batch.image_ids),
-        (batch.texts, rows["text"], batch.text_ids),
-    ):
-        shares = ranks.shares(len(ids))
+    sides: tuple[tuple[Inputs, Side, Ids], ...] = (
+        (batch.images, "image", batch.image_ids),
+        (batch.texts, "text", batch.text_ids),
+    )
+    for of_side, side, ids in sides:
+        encoded = batch.encoded(side)
+        wanted = torch.from_numpy(np.searchsorted(encoded, ids[rows[side].numpy()]))
+        shares = ranks.shares(len(encoded))
         at = [
             slice(*np.searchsorted(wanted.numpy(), [share.start, share.stop]).tolist()) for share in shares
         ]  # rows ascend

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from accelerate import Accelerator
+
+    from distill.batches import StepBatch
+    from distill.protocols import Ids, Side
 
     Tensors = Mapping[str, Tensor]
 
@@ -85,6 +89,24 @@ def _joined(out: Embeddings, ranks: Ranks, counts: tuple[int, int]) -> Embedding
     assert out.texts is not None
     sizes = [[share.stop - share.start for share in ranks.shares(count)] for count in counts]
     return replace(out, images=ranks.joined(out.images, sizes[0]), texts=ranks.joined(out.texts, sizes[1]))
+
+
+def with_remembered(out: Embeddings, batch: StepBatch) -> Embeddings:
+    """The vectors of all of a step's items: the encoded ones with gradient, those that are remembered among them."""
+    if not batch.remembered:
+        return out
+    sides: tuple[tuple[Side, Tensor | None, Ids], ...] = (
+        ("image", out.images, batch.image_ids),
+        ("text", out.texts, batch.text_ids),
+    )
+    found = []
+    for side, vectors, ids in sides:
+        assert vectors is not None
+        kept = batch.remembered[side]
+        encoded = torch.from_numpy(np.delete(np.arange(len(ids)), kept.rows.numpy())).to(vectors.device)
+        whole = vectors.new_zeros((len(ids), vectors.shape[1])).index_copy(0, encoded, vectors)
+        found.append(whole.index_copy(0, kept.rows.to(vectors.device), kept.vectors.to(vectors)))
+    return replace(out, images=found[0], texts=found[1])
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from distill.companion import AFFINE, KEYS
 if TYPE_CHECKING:
     from distill.batches import StepBatch
     from distill.losses.combine import Weighted
-    from distill.protocols import Direction, Embeddings
+    from distill.protocols import Direction, Embeddings, Ids, Side
 
 ATTENTION = frozenset({"student_attention", "teacher_attention", "attention_tokens"})
 OWN_VECTORS = frozenset({"student_images", "student_texts"})
@@ -45,7 +46,13 @@ def extras_of_step(
         made |= {"student_images": out.images, "student_texts": out.texts}
     if needs & FOLLOWED:
         images, texts = _vectors(batch)[followed]
-        made |= {"teacher_images": images.to(device), "teacher_texts": texts.to(device)}
+        sides: tuple[tuple[Side, Tensor, Ids], ...] = (
+            ("image", images, batch.image_ids),
+            ("text", texts, batch.text_ids),
+        )
+        for side, vectors, ids in sides:
+            rows = np.searchsorted(ids, batch.encoded(side))
+            made[f"teacher_{side}s"] = vectors[torch.from_numpy(rows)].to(device)
     return made
 
 

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from distill import mined
 from distill.asking import note_what_is_asked, pair_maps, scores_of, warn_of_odd_scores
 from distill.batches import Batches, PairScores
-from distill.durable import staged_folder, write_atomically
-from distill.protocols import DIRECTIONS, SIDES, Candidates, Direction, fingerprint, sides_of
+from distill.durable import staged_folder
+from distill.protocols import Candidates, Direction, fingerprint
 from distill.sampler import BatchSampler, CandidateSampler
 from distill.suspecting import revision_of
 
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
 
     from distill.experiment import Experiment
     from distill.losses.combine import Weighted
-    from distill.ranks import Ranks
     from distill.recipe.schema import TeachRecipe
     from distill.slow_copy import MomentumSettings
     from distill.towers import TowerVectors
@@ -138,7 +135,8 @@ def trained_arm(x: Experiment, name: str) -> Path:
         if reached is None:
             if checkpoint is not None:
                 load_weights(checkpoint, student)
-            mined = candidates(x, stretch, student=student, folder=folder) if arm.uses_candidates else {}
+            home = _home(x, stretch, folder)
+            found = mined.candidates(x, stretch.number, home=home, student=student) if arm.uses_candidates else {}
             phase = _phase(
                 x,
                 student,
@@ -146,7 +144,7 @@ def trained_arm(x: Experiment, name: str) -> Path:
                 stretch,
                 folder=folder,
                 recipe_of_losses=arm.losses,
-                mined=mined,
+                found=found,
                 scores=arm.reads_scores,
             )
             reached = train(
@@ -181,33 +179,35 @@ def _phase(
     *,
     folder: Path,
     recipe_of_losses: Sequence[Any],
-    mined: Mapping[Direction, Candidates] | None = None,
+    found: Mapping[Direction, Candidates] | None = None,
     scores: bool = False,
 ) -> Phase:
     from distill.extras import TOWERS
     from distill.train import Phase
 
-    mined = mined or {}
+    found = found or {}
     pairs = x.corpus.split_pairs("train")
     known = revision = None
     if scores:
-        x.ranks.work_alone(lambda: note_what_is_asked(x, pairs, mined, stretch, folder / "metrics.jsonl"))
-        known = scores_of(x, pairs, mined)
-        warn_of_odd_scores(pairs, known, mined, losses)
-        revision = revision_of(x, mined, known, stretch, metrics=folder / "metrics.jsonl")
+        x.ranks.work_alone(lambda: note_what_is_asked(x, pairs, found, stretch, folder / "metrics.jsonl"))
+        known = scores_of(x, pairs, found)
+        warn_of_odd_scores(pairs, known, found, losses)
+        revision = revision_of(x, found, known, stretch, metrics=folder / "metrics.jsonl")
     per_query, seed = x.recipe.train.candidates_per_query, x.recipe.seed
     wants_maps = "student_attention" in losses.needs
     towers = x.towers if losses.needs & TOWERS else ()
+    remembers = bool(found) and x.recipe.train.candidates == "memory"
     batches = Batches(
         BatchSampler(pairs, x.recipe.train.batch_size, seed),
         x.source(student, "image", tokens=wants_maps),
         x.source(student, "text", tokens=wants_maps),
         x.corpus.matches,
         known,
-        tuple(CandidateSampler(found, per_query, seed) for found in mined.values()),
+        tuple(CandidateSampler(those, per_query, seed) for those in found.values()),
         pair_maps(x, pairs) if wants_maps else None,
         towers,
         revision,
+        memory=mined.memory(x, stretch.number, home=_home(x, stretch, folder)) if remembers else {},
     )
     meaning = fingerprint(
         x.corpus.fingerprint,
@@ -215,7 +215,7 @@ def _phase(
         x.recipe.train.model_dump(mode="json", include=_MEANING_OF_TRAIN),
         [part.model_dump(mode="json") for part in recipe_of_losses],
         [seed, stretch.number, stretch.start, stretch.stop],
-        *(array for found in mined.values() for array in (found.query_ids, found.item_ids)),
+        *(array for those in found.values() for array in (those.query_ids, those.item_ids)),
         *((known.keys, known.scores) if known is not None else ()),
         *(tower.identity for tower in towers),
         *((*revision.arrays, revision.keep_share) if revision is not None else ()),
@@ -242,6 +242,7 @@ _MEANING_OF_TRAIN = {
     "shared",
     "rounds",
     "candidates_per_query",
+    "candidates",
     "precision",
     "micro_batch",
 }
@@ -250,61 +251,9 @@ _MEANING_OF_TRAIN = {
 # --- mine, score ------------------------------------------------------------------------------------------------------
 
 
-def candidates(x: Experiment, stretch: Stretch, *, student: Any, folder: Path) -> dict[Direction, Candidates]:
-    """A round's hard candidates in both directions; the shared student mines the first round's, once for all arms."""
-    paths = _candidate_files(x.folder / SHARED if stretch.number == 1 else folder, stretch)
-    if not all(path.is_file() for path in paths.values()):
-        for direction, found in _mine(x, student).items():
-            x.ranks.work_alone(partial(write_atomically, paths[direction], partial(_save, found)))
-    return {direction: _load(path, direction) for direction, path in paths.items()}
-
-
-def _candidate_files(home: Path, stretch: Stretch) -> dict[Direction, Path]:
-    return {d: home / f"candidates-{stretch.number}-{d}.npz" for d in DIRECTIONS}
-
-
-def _mine(x: Experiment, student: Any) -> dict[Direction, Candidates]:
-    from distill.filters import TeacherMargin
-    from distill.index import VectorIndex
-    from distill.mine import MineSettings, mine
-
-    split, recipe = x.corpus.split("train"), x.recipe.mine
-    ids = split.ids
-    vectors = {side: x.embed(student, side, ids[side]) for side in SIDES}
-    found: dict[Direction, Candidates] = {}
-    for direction in DIRECTIONS:
-        query, item = sides_of(direction)
-        margin, queries = recipe.drop_above_positive, len(ids[query])
-        # dropping asks the teacher, which all processes do together: then each mines all
-        share = x.ranks.share(queries) if margin is None else slice(None)
-        own = mine(
-            VectorIndex.build(vectors[item], ids[item], factory=recipe.factory, nprobe=recipe.nprobe),
-            vectors[query][share],
-            query_ids=ids[query][share],
-            matches=x.corpus.matches,
-            direction=direction,
-            settings=MineSettings(recipe.k, skip_top=recipe.skip_top),
-            drop=None if margin is None else TeacherMargin(margin, x.ask, x.corpus.matches, direction),
-        )
-        found[direction] = own if margin is not None else _joined(own, x.ranks, queries)
-    return found
-
-
-def _joined(own: Candidates, ranks: Ranks, queries: int) -> Candidates:
-    """What all processes have mined, in the order of the queries."""
-    arrays = (own.query_ids, own.item_ids, own.similarity, own.positive)
-    return Candidates(own.direction, *(ranks.joined_array(array, queries) for array in arrays))
-
-
-def _save(found: Candidates, file: Any) -> None:
-    np.savez(
-        file, query_ids=found.query_ids, item_ids=found.item_ids, similarity=found.similarity, positive=found.positive
-    )
-
-
-def _load(path: Path, direction: Direction) -> Candidates:
-    with np.load(path, allow_pickle=False) as arrays:
-        return Candidates(direction, arrays["query_ids"], arrays["item_ids"], arrays["similarity"], arrays["positive"])
+def _home(x: Experiment, stretch: Stretch, folder: Path) -> Path:
+    """Where a round's candidates are kept: the first round's are those of all arms."""
+    return x.folder / SHARED if stretch.number == 1 else folder
 
 
 def first_candidates(x: Experiment) -> dict[Direction, Candidates]:
@@ -314,15 +263,15 @@ def first_candidates(x: Experiment) -> dict[Direction, Candidates]:
     student, checkpoint = x.fresh_student(), shared_checkpoint(x)
     if checkpoint is not None:
         load_weights(checkpoint, student)
-    return candidates(x, stretches(x)[1], student=student, folder=x.folder / SHARED)
+    return mined.candidates(x, stretches(x)[1].number, home=x.folder / SHARED, student=student)
 
 
 def mined_before(x: Experiment) -> dict[Direction, Candidates]:
     """The first round's candidates as the run's folder holds them; FileNotFoundError where they were never mined."""
-    paths = _candidate_files(x.folder / SHARED, stretches(x)[1])
-    if not all(path.is_file() for path in paths.values()):
+    found = mined.kept(stretches(x)[1].number, home=x.folder / SHARED)
+    if found is None:
         raise FileNotFoundError(f"{x.folder} has no mined candidates yet: distill run RECIPE --resume first")
-    return {direction: _load(path, direction) for direction, path in paths.items()}
+    return found
 
 
 def first_scores(x: Experiment) -> PairScores:

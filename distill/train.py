@@ -21,13 +21,13 @@ from distill import stopping
 from distill.batches import Batches, StepBatch
 from distill.checkpoint import Others, checkpoint_of, latest_checkpoint, load_checkpoint, save_checkpoint, step_of
 from distill.companion import Companion
-from distill.encoding import Encoded, encode
+from distill.encoding import Encoded, encode, with_remembered
 from distill.extras import extras_of_direction, extras_of_step
 from distill.inference import reproducible
 from distill.losses.combine import NonFiniteLossError, Weighted
 from distill.meter import Meter
 from distill.progress import Progress
-from distill.protocols import Direction, Embeddings, Inputs, Scored
+from distill.protocols import SIDES, Direction, Embeddings, Inputs, Scored
 from distill.ranks import RandomStates, Ranks
 from distill.slow_copy import MomentumSettings
 
@@ -265,7 +265,7 @@ def _step_loss(
         move(batch.images, device),
         move(batch.texts, device),
         accelerator=accelerator,
-        counts=(len(batch.image_ids), len(batch.text_ids)),
+        counts=(len(batch.encoded("image")), len(batch.encoded("text"))),
         micro_batch=micro_batch,
         attention_pairs=attention_pairs,
     )
@@ -274,6 +274,7 @@ def _step_loss(
         raise TrainingError("the student gave no embeddings for one side")
     _check_embeddings(out, batch)
     extras = extras_of_step(out, batch, losses.needs, device, followed=phase.followed)
+    out = with_remembered(out, batch)
     beside = companion.extras(out, batch, phase.batches.matches, accelerator)
     parts: dict[str, Tensor] = {}
     values = {"scale": out.scale.detach()}
@@ -327,8 +328,9 @@ def move(inputs: Inputs, device: torch.device) -> dict[str, Tensor]:
 
 
 def _check_embeddings(out: Embeddings, batch: StepBatch) -> None:
-    for side, vectors, ids in (("image", out.images, batch.image_ids), ("text", out.texts, batch.text_ids)):
+    for side, vectors in zip(SIDES, (out.images, out.texts), strict=True):
         assert vectors is not None
+        ids = batch.encoded(side)
         bad = ~torch.isfinite(vectors.detach()).all(dim=1)
         if bad.any():
             raise TrainingError(

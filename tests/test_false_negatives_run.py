@@ -151,7 +151,7 @@ def phase_of(x: Experiment, whole: Path, tmp_path: Path):
     arm = x.recipe.arms["distilled"]
     losses, stretch = x.builders.losses(arm.losses), pipeline.stretches(x)[1]
     student = x.fresh_student()
-    options = {"folder": tmp_path / "work", "recipe_of_losses": arm.losses, "mined": mined, "scores": True}
+    options = {"folder": tmp_path / "work", "recipe_of_losses": arm.losses, "found": mined, "scores": True}
     return pipeline._phase(x, student, losses, stretch, **options)
 
 

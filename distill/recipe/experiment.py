@@ -48,7 +48,7 @@ class ScoreRecipe(Strict):
 class TrainRecipe(Grown):
     """One student's training. Every arm gets the same steps, seed and batches."""
 
-    later: ClassVar[frozenset[str]] = frozenset({"micro_batch"})
+    later: ClassVar[frozenset[str]] = frozenset({"micro_batch", "candidates"})
 
     steps: Count = 1200
     batch_size: Annotated[int, Field(ge=2)] = 128
@@ -65,6 +65,11 @@ class TrainRecipe(Grown):
     rounds: Count = Field(default=1, description="rounds of mine -> score -> train after the shared steps")
     candidates_per_query: Count = Field(
         default=4, description="of the k scored candidates, how many a step draws for each query"
+    )
+    candidates: Literal["encode", "memory"] = Field(
+        default="encode",
+        description="encode: drawn candidates with gradient; memory: they keep the vectors that the round's "
+        "mining found them by, which costs nothing and goes stale until the next round",
     )
     precision: Literal["no", "bf16", "fp16"] = "no"
     micro_batch: Count | None = Field(
