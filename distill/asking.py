@@ -43,11 +43,15 @@ def note_what_is_asked(
     x: Experiment, pairs: Any, mined: Mapping[Direction, Candidates], stretch: Stretch, metrics: Path
 ) -> None:
     """One line in the metrics: how many distinct pairs the round asks the teacher, and how many the store serves."""
-    if metrics.exists() and f'"round": {stretch.number}, "teacher/' in metrics.read_text(encoding="utf-8"):
+    begun = metrics.exists() and f'"round": {stretch.number}, "teacher/' in metrics.read_text(encoding="utf-8")
+    if x.ranks.most(int(begun)):
         return  # the round was begun before, and asked then
     image_ids, text_ids = _wanted(pairs, mined)
     image_ids, text_ids = np.divmod(np.unique(image_ids * x.corpus.n_texts + text_ids), x.corpus.n_texts)
-    asked = int(np.isnan(x.scorer.lookup(image_ids, text_ids)).sum())
+    asked = int(np.isnan(x.scorer.lookup(image_ids, text_ids)).sum())  # in every process: it may teach or calibrate
+    x.ranks.wait()
+    if not x.ranks.first:
+        return
     line = {
         "step": stretch.start,
         "round": stretch.number,

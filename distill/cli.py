@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -175,27 +175,32 @@ def main() -> None:
     try:
         with stopping.listening():
             app()
+    except SystemExit as ended:
+        _end(ended.code if isinstance(ended.code, int) else 0)
     except stopping.Stopped as stopped:
         typer.echo(
             f"{stopped}; what is done is kept: the same command goes on (run and train: with --resume)", err=True
         )
-        raise SystemExit(stopped.exit_code) from None
+        _end(stopped.exit_code)
     except (ValueError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
         if os.environ.get("DISTILL_TRACEBACK"):
             raise
         typer.echo(f"error: {error}", err=True)
-        raise SystemExit(2) from None
-    finally:
-        _leave_the_others()
+        _end(2)
 
 
-def _leave_the_others() -> None:
-    """End the group of processes, where there is one: torch warns of one that is left open."""
+def _end(code: int) -> NoReturn:
+    """Leave; of several processes that joined, without waiting for others that may wait for this one."""
     if "torch" in sys.modules:
         from torch import distributed
 
         if distributed.is_available() and distributed.is_initialized():
+            if code:  # the others are in the midst of something: the launcher ends them once this one is gone
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
             distributed.destroy_process_group()
+    raise SystemExit(code) from None
 
 
 def _open(name: str, overrides: list[str]) -> Experiment:

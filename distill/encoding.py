@@ -57,7 +57,8 @@ def encode(
         ValueError: maps are asked for together with pieces or with several processes.
     """
     ranks = Ranks(accelerator)
-    in_pieces = micro_batch is not None and max(_count(images), _count(texts)) > micro_batch
+    most = max(-(-count // ranks.count) for count in counts)  # the same in every process
+    in_pieces = micro_batch is not None and most > micro_batch
     if attention_pairs is not None and (in_pieces or ranks.count > 1):
         raise ValueError(
             "attention maps need the whole batch's token states in one place: leave micro_batch out and train in one "
@@ -68,7 +69,7 @@ def encode(
             out: Embeddings = model(images, texts, attention_pairs=attention_pairs)
         return Encoded(_joined(out, ranks, counts))
     assert micro_batch is not None
-    pieces = _pieces(images, texts, micro_batch)
+    pieces = _pieces(images, texts, -(-most // micro_batch))
     found: list[Embeddings] = []
     with torch.no_grad():
         for piece in pieces:
@@ -187,9 +188,8 @@ class _RandomState:
             torch.cuda.set_rng_state(self.cuda, device)
 
 
-def _pieces(images: Tensors, texts: Tensors, size: int) -> list[_Piece]:
+def _pieces(images: Tensors, texts: Tensors, number: int) -> list[_Piece]:
     """Each with items of both sides, as far as there are enough, so that it passes every weight."""
-    number = -(-max(_count(images), _count(texts)) // size)
     return [_Piece(_part(images, place, number), _part(texts, place, number)) for place in range(number)]
 
 

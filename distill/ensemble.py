@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from distill.data.corpus import Corpus
     from distill.protocols import Ids, ScoreKind, Side
+    from distill.ranks import Ranks
     from distill.scorer import Scores, TeacherScorer, TowerSource, Vectors
     from distill.store import ScoreStore
 
@@ -72,9 +73,9 @@ class EnsembleParts:
 class Member:
     """One teacher of an ensemble: its store stays open, the model is loaded for as long as a call needs it."""
 
-    def __init__(self, name: str, load: Callable[[], TeacherScorer]) -> None:
-        """``load`` makes the model anew at every call; ``name`` is for messages."""
-        self.name, self._load = name, load
+    def __init__(self, name: str, load: Callable[[], TeacherScorer], ranks: Ranks) -> None:
+        """``load`` makes the model anew at every call; ``name`` is for messages; ``ranks`` ask together."""
+        self.name, self._load, self._ranks = name, load, ranks
         self._store: ScoreStore | None = None
 
     @property
@@ -84,9 +85,10 @@ class Member:
 
     def ask(self, image_ids: Ids, text_ids: Ids) -> Scores:
         """Scores (P,); the model is loaded only where the store lacks some."""
-        if self._store is not None and not self._store.missing(image_ids, text_ids).any():
-            return self._store.require(image_ids, text_ids)
-        return self._open().ask(image_ids, text_ids)
+        lacks = self._store is None or bool(self._store.missing(image_ids, text_ids).any())
+        if self._ranks.most(int(lacks)):
+            return self._open().ask(image_ids, text_ids)
+        return self.store.require(image_ids, text_ids)
 
     def vectors(self, rows: Mapping[Side, Ids]) -> dict[Side, Vectors] | None:
         """Unit vectors of its contrastive head; None where it has none."""

@@ -137,7 +137,7 @@ class Experiment:
         from distill.ensemble import Ensemble, Member
 
         parts = self.builders.ensemble()
-        members = [Member(name, partial(self._loaded, load)) for name, load in parts.members.items()]
+        members = [Member(name, partial(self._loaded, load), self.ranks) for name, load in parts.members.items()]
         return Ensemble(members, parts.settings, self.corpus)
 
     @cached_property

@@ -189,7 +189,7 @@ def _phase(
     pairs = x.corpus.split_pairs("train")
     known = revision = None
     if scores:
-        x.ranks.work_alone(lambda: note_what_is_asked(x, pairs, found, stretch, folder / "metrics.jsonl"))
+        note_what_is_asked(x, pairs, found, stretch, folder / "metrics.jsonl")
         known = scores_of(x, pairs, found)
         warn_of_odd_scores(pairs, known, found, losses)
         revision = revision_of(x, found, known, stretch, metrics=folder / "metrics.jsonl")

@@ -1,7 +1,8 @@
 """Ending when told to, with nothing lost: what SIGTERM and SIGINT do to a command.
 
 A signal ends a command where it stands, which loses nothing that is written atomically. Work that would lose much asks
-to be let finish what is in hand (``finishing``) and then says ``heed``. The same signal a second time ends it at once.
+to be let finish what is in hand (``finishing``) and then says ``heed``. The same signal again, after a second or more,
+ends it at once.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+PAUSE_S = 1.0  # a signal that comes again within it is the same request
 
 
 class Stopped(BaseException):  # noqa: N818  (no error: like KeyboardInterrupt, nothing that handles errors may catch it)
@@ -40,6 +43,7 @@ class _Ear:
     def __init__(self) -> None:
         self.owner = os.getpid()
         self.told: int | None = None
+        self.at = 0.0  # when
         self.finishing = 0  # depth of ``finishing`` blocks
 
     def hear(self, number: int, _: FrameType | None) -> None:
@@ -48,9 +52,10 @@ class _Ear:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return
-        if self.told is not None and number != self.told:
-            return  # a cell of a comparison hears the terminal's SIGINT, then its parent's SIGTERM: one request
-        again, self.told = self.told is not None, number
+        now = time.monotonic()
+        if self.told is not None and (number != self.told or now - self.at < PAUSE_S):
+            return  # one request: a terminal or launcher signals the whole group, and a parent passes it on
+        again, self.told, self.at = self.told is not None, number, now
         if again or not self.finishing:
             raise Stopped(number)
         log.warning("%s: ends after what is in hand is kept; once more to end at once", signal.Signals(number).name)
@@ -64,7 +69,9 @@ def listening() -> Iterator[None]:
     """Signals raise ``Stopped`` in here. For the main thread of a command."""
     global _ear
     _ear = _Ear()
-    before = {number: signal.signal(number, _ear.hear) for number in SIGNALS}
+    # what was started in the background by a script ignores SIGINT, and goes on doing so
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, _ear.hear) for number in heard}
     try:
         yield
     finally:

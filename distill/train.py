@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -147,7 +148,7 @@ def train(
                 group["lr"] = settings.lr_at(batch.step)
             model.train()
             companion.begin_step(accelerator.unwrap_model(model))
-            with _memory_advice(batch.step, settings):
+            with _memory_advice(batch, settings, ranks.count):
                 loss = _step_loss(
                     model,
                     batch,
@@ -186,7 +187,9 @@ def train(
                     )
                 ranks.wait()
                 done = checkpoint_of(checkpoints, finished)
-                stopping.heed(told)
+                if told:  # by all together: a signal that came since then is told at the next step
+                    stopping.heed(told)
+        stopping.heed(ranks.most(stopping.told()))
     if done is None:
         raise TrainingError(f"{folder}: nothing to train: the phase ends at step {phase.stop} and starts at {start}")
     accelerator.free_memory()
@@ -194,15 +197,18 @@ def train(
 
 
 @contextmanager
-def _memory_advice(step: int, settings: TrainSettings) -> Iterator[None]:
+def _memory_advice(batch: StepBatch, settings: TrainSettings, processes: int) -> Iterator[None]:
     """One process that fails ends its launcher's others; what it says is what people read."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        half = (settings.micro_batch or settings.batch_size) // 2
+        share = -(-max(len(batch.encoded(side)) for side in SIDES) // processes)
+        at_once = min(share, settings.micro_batch or share)
         raise TrainingError(
-            f"step {step}: the device is out of memory ({str(error).splitlines()[0]}); set train.micro_batch to "
-            f"{max(1, half)}, which changes no gradient, or lower train.candidates_per_query or train.batch_size"
+            f"step {batch.step}: the device is out of memory ({str(error).splitlines()[0]}) with {at_once} items of a "
+            f"side encoded at once; begin again under another name (--set name=...) with train.micro_batch at most "
+            f"{max(1, at_once // 2)}, which leaves the contrastive batch whole (not for attention losses), or with a "
+            "lower train.candidates_per_query or train.batch_size"
         ) from error
 
 
@@ -226,6 +232,7 @@ def _load(batches: Batches, start: int, stop: int, workers: int) -> Iterator[tup
         batch_size=None,
         sampler=range(start, stop),
         num_workers=workers,
+        worker_init_fn=_outlive_sigterm,
         persistent_workers=False,
         generator=torch.Generator(),  # its own, so that starting a loader never moves the training's random state
         prefetch_factor=4 if workers else None,
@@ -242,6 +249,11 @@ class _StepLoss:
     total: Tensor  # (), weighted, the mean of both directions
     parts: dict[str, Tensor]  # (), unweighted
     values: dict[str, Tensor]  # (), what the log shows beside them
+
+
+def _outlive_sigterm(_: int) -> None:
+    """A launcher signals the whole group: a worker that died of it would fail the step that is to be kept."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _step_loss(
@@ -292,7 +304,8 @@ def _step_loss(
         for sums, found in ((parts, here), (values, {f"teacher_std/{name}": unit for name, unit in units.items()})):
             for name, value in found.items():
                 sums[name] = sums[name] + value / 2 if name in sums else value / 2
-    return _StepLoss(encoded, losses.total(parts, progress), parts, values)
+    # a gradient of 0 where no loss reads the scale: processes that average gradients wait for that of every weight
+    return _StepLoss(encoded, losses.total(parts, progress) + 0 * out.scale, parts, values)
 
 
 def _similarity(out: Embeddings, batch: StepBatch, direction: Direction) -> Tensor:

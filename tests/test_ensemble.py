@@ -26,6 +26,7 @@ from tests.toys import FrozenToyStudent, ToyTeacher, expected_scores, toy_corpus
 CORPUS = toy_corpus(24)
 SETTINGS = EnsembleSettings(pairs=8)
 WEIGHTS = (1.0, -2.0, 0.5)  # what each toy member multiplies the toy score by
+RANKS = Ranks(Accelerator(cpu=True))
 
 
 class Stretched(ToyTeacher):
@@ -70,11 +71,11 @@ class Counted:
             options,
             16,
             torch.device("cpu"),
-            Ranks(Accelerator(cpu=True)),
+            RANKS,
         )
 
     def member(self, make: Callable[[], Any], name: str = "member") -> Member:
-        return Member(name, lambda: self.scorer(make()))
+        return Member(name, lambda: self.scorer(make()), RANKS)
 
     def ensemble(self, settings: EnsembleSettings = SETTINGS, factors: tuple[float, ...] = WEIGHTS) -> Ensemble:
         members = [self.member(lambda factor=factor: Stretched(factor), f"m{factor}") for factor in factors]
@@ -280,7 +281,10 @@ def test_a_student_scores_by_its_cosine_whatever_the_inputs_are() -> None:
         (lambda: EnsembleSettings(weights=(0.0, 0.0)), "sum above 0"),
         (lambda: EnsembleSettings(weights=(1.0, -1.0, 3.0)), "none below 0"),
         (lambda: EnsembleSettings(pairs=1), "at least 2"),
-        (lambda: Ensemble([Member("m", _not_loaded)], EnsembleSettings(weights=(1.0, 1.0)), CORPUS), "2 weights"),
+        (
+            lambda: Ensemble([Member("m", _not_loaded, RANKS)], EnsembleSettings(weights=(1.0, 1.0)), CORPUS),
+            "2 weights",
+        ),
         (lambda: Calibrated.of(np.full(4, 2.5, np.float32), "m7"), "m7 gives all 4 calibration pairs the score 2.5"),
     ],
 )

@@ -20,8 +20,11 @@ from distill.sampler import share_of
 from tests.test_run import TINY
 from tests.test_wrong_recipes import ROOT
 
-SETTINGS = [item for item in TINY if not item.startswith(("arms.maps", "train.trackers", "train.rounds"))]
-ARMS = ("plain", "distilled", "beside")
+SETTINGS = [
+    *(item for item in TINY if not item.startswith(("arms.maps", "train.trackers", "train.rounds"))),
+    "arms.alone={losses: [{name: kl}]}",  # nothing in it trains the scale
+]
+ARMS = ("plain", "distilled", "beside", "alone")
 RUN = Path("runs") / "quickstart"
 
 

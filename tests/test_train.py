@@ -202,7 +202,7 @@ class HungryStudent(ToyStudent):
 
 
 def test_out_of_memory_says_what_to_lower_and_that_helps(tmp_path: Path) -> None:
-    says = r"step 0: .*out of memory \(tried to allocate 2.00 GiB\); set train.micro_batch to 3"
+    says = r"step 0: .*out of memory \(tried to allocate 2.00 GiB\) with 6 items .* train.micro_batch at most 3"
     with pytest.raises(TrainingError, match=says):
         run(tmp_path / "whole", student=HungryStudent())
     run(tmp_path / "pieces", student=HungryStudent(), settings=replace(SETTINGS, micro_batch=2))
