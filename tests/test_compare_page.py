@@ -17,7 +17,7 @@ from rich.console import Console
 from distill.analysis import analyse
 from distill.compare import Comparison, Example, FailedCell, Found, GapPoint, Item
 from distill.report.compare_page import show, to_html, to_markdown, write_report
-from distill.report.compare_plots import curve_plot
+from distill.report.compare_plots import curve_plot, gap_plot
 from distill.significance import Resampling
 from tests.comparisons import full_comparison, made_comparison
 
@@ -294,6 +294,16 @@ def test_sections_without_content_are_left_out(tmp_path):
         assert "plain" in markdown.read_text()
         assert not page.named("svg")
     assert "No arm has a student" in page.text
+
+
+@pytest.mark.parametrize(("least", "most"), [(16.0, 560.0), (3.0, 8.0), (0.02, 9000.0)])
+def test_milliseconds_are_written_as_numbers_however_far_they_reach(least, most):
+    metrics = full()[0].teacher.metrics
+    points = [GapPoint("student", None, metrics, {"i2t": least}), GapPoint("teacher", None, metrics, {"i2t": most})]
+    svg = gap_plot({"plain": points})
+    assert "mathdefault" not in svg
+    ticks = [float(text) for text in re.findall(r">([0-9.e+-]+)</text>", svg) if least / 3 <= float(text) <= most * 3]
+    assert len(ticks) >= 2
 
 
 def test_curves_hold_every_seed_and_survive_gaps():

@@ -36,8 +36,8 @@ def staged(folder: Path, where: str) -> list[Path]:
 
 # in the order in which a run comes to them
 STAGES = [
-    Stage("teach", lambda folder: (folder / RUN / "teach").is_dir(), 1.0),
-    Stage("embed", lambda folder: staged(folder, "cache/features"), 0.3),
+    Stage("embed", lambda folder: (folder / "cache/features").is_dir(), 0.2),
+    Stage("teach", lambda folder: (folder / RUN / "teach").is_dir(), 0.5),
     Stage("train", lambda folder: checkpoints(folder, "shared") >= 3, 0.3),
     Stage("mine", lambda folder: (folder / RUN / "arms/plain/student").is_dir(), 0.5),
     Stage("score", lambda folder: units(folder) >= 1, 0.3),

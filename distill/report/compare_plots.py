@@ -90,6 +90,8 @@ def lead_plot(differences: Sequence[Difference], analysis: Analysis) -> str:
 
 def gap_plot(gap: Mapping[str, Sequence[GapPoint]]) -> str:
     """RSUM against milliseconds a query, a line an arm, from the student alone to the teacher."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     with _figure(4.2) as (figure, svg):
         axis = figure.subplots()
         for number, (arm, points) in enumerate(gap.items()):
@@ -102,7 +104,9 @@ def gap_plot(gap: Mapping[str, Sequence[GapPoint]]) -> str:
                     text = f"K = {point.k}" if point.k else point.label
                     axis.annotate(text, (ms, rsum), (4, -12), textcoords="offset points", fontsize=8.5)
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # a decade may be all there is
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())  # its own would print powers as source text
         axis.margins(x=0.12, y=0.12)
         axis.set(xlabel="milliseconds a query (mean of both directions, logarithmic)", ylabel="RSUM")
         axis.legend(loc="lower right", bbox_to_anchor=(1, 0.04))
