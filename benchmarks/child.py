@@ -36,7 +36,7 @@ def in_child(work: Callable[..., dict[str, float]], *arguments: object) -> Phase
     sender.close()
     anonymous = resident = 0
     while not receiver.poll(_SAMPLE_S):
-        now = _memory(child.pid)
+        now = memory_of(child.pid)
         anonymous, resident = max(anonymous, now[0]), max(resident, now[1])
     try:
         result = receiver.recv()
@@ -52,7 +52,7 @@ def _answer(sender: Connection, work: Callable[..., dict[str, float]], arguments
     sender.send(work(*arguments))
 
 
-def _memory(pid: int | None) -> tuple[int, int]:
+def memory_of(pid: int | None) -> tuple[int, int]:
     """Anonymous resident memory now, and the peak of all that was resident, in bytes; zeros once it is gone."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()

@@ -10,6 +10,7 @@ themselves take is subtracted.
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from benchmarks.child import Phase, in_child
+from benchmarks.child import Phase, in_child, memory_of
 from benchmarks.sidebyside import JsonFile, Quick, show, write_json
 
 CAPTIONS = 5
@@ -111,7 +112,7 @@ def ours(folder: Path, sizes: Sizes) -> dict[str, float]:
     rows = {"image": np.arange(len(images)), "text": np.arange(len(texts))}
     matches = Matches(rows["text"] // CAPTIONS, rows["text"], n_images=len(images), n_texts=len(texts))
     vectors = {"image": images, "text": texts}
-    before = _anonymous()
+    before, _ = memory_of(os.getpid())
     began = time.perf_counter()
     found: dict[str, np.ndarray[Any, Any]] = {}
     for direction in DIRECTIONS:
@@ -135,7 +136,7 @@ def plain_numpy(folder: Path, sizes: Sizes) -> dict[str, float]:
     """Blocks of a matrix product and ``argpartition``, matches masked."""
     images, texts = _loaded(folder)
     owner = np.arange(len(texts)) // CAPTIONS
-    before = _anonymous()
+    before, _ = memory_of(os.getpid())
     began = time.perf_counter()
     found = {}
     for direction, query, item in (("i2t", images, texts), ("t2i", texts, images)):
@@ -206,7 +207,7 @@ def _sentence_transformers(folder: Path, sizes: Sizes, *, use_faiss: bool) -> di
     model: Any = StoredVectors(images, texts)
     owner = np.arange(len(texts)) // CAPTIONS
     columns = {"image": [f"i{row}" for row in owner], "text": [f"t{row}" for row in range(len(texts))]}
-    before = _anonymous()
+    before, _ = memory_of(os.getpid())
     began = time.perf_counter()
     found = {}
     for direction, anchor, positive in (("i2t", "image", "text"), ("t2i", "text", "image")):
@@ -235,12 +236,6 @@ def _sentence_transformers(folder: Path, sizes: Sizes, *, use_faiss: bool) -> di
 
 def _loaded(folder: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     return np.load(folder / "images.npy"), np.load(folder / "texts.npy")
-
-
-def _anonymous() -> int:
-    """Anonymous resident bytes of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 def check(

@@ -102,11 +102,18 @@ class StepBatch:
     vectors: tuple[tuple[Tensor, Tensor], ...] = ()  # of each dual-encoder among the teacher: (N, D), (M, D), unit
     remembered: Mapping[Side, Remembered] = field(default_factory=dict)  # of sides whose mined items are not encoded
 
+    def ids(self, side: Side) -> Ids:
+        """Of all items of a side."""
+        return self.image_ids if side == "image" else self.text_ids
+
+    def encoded_rows(self, side: Side) -> Ids:
+        """Rows, among the side's items, of those that are encoded: all but the remembered ones."""
+        rows, kept = np.arange(len(self.ids(side))), self.remembered.get(side)
+        return rows if kept is None else np.delete(rows, kept.rows.numpy())
+
     def encoded(self, side: Side) -> Ids:
-        """Ids of the items that are encoded: all of the side's, or without those that are remembered."""
-        ids = self.image_ids if side == "image" else self.text_ids
-        kept = self.remembered.get(side)
-        return ids if kept is None else np.delete(ids, kept.rows.numpy())
+        """Ids of the items that are encoded."""
+        return self.ids(side)[self.encoded_rows(side)]
 
 
 @dataclass(frozen=True)

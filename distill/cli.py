@@ -176,7 +176,9 @@ def main() -> None:
         with stopping.listening():
             app()
     except SystemExit as ended:
-        _end(ended.code if isinstance(ended.code, int) else 0)
+        if isinstance(ended.code, str):  # words for people; Python prints them and gives 1
+            raise
+        _end(ended.code or 0)
     except stopping.Stopped as stopped:
         typer.echo(
             f"{stopped}; what is done is kept: the same command goes on (run and train: with --resume)", err=True

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.inference import device_of
+from distill.protocols import SIDES
 from distill.ranks import Ranks
 from distill.slow_copy import MomentumSettings, SlowCopy, positives
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from distill.batches import StepBatch
     from distill.data.matches import Matches
-    from distill.protocols import Direction, Embeddings, Ids, Inputs, Side
+    from distill.protocols import Direction, Embeddings
 
 log = logging.getLogger(__name__)
 KEYS = frozenset({"keys_student", "keys_momentum", "keys_positive", "keys_valid"})
@@ -132,20 +133,14 @@ def _keys(
     device = out.images.device
     rows = {"image": batch.grids["i2t"].rows, "text": batch.grids["t2i"].rows}
     ranks, inputs, sizes = Ranks(accelerator), [], []
-    sides: tuple[tuple[Inputs, Side, Ids], ...] = (
-        (batch.images, "image", batch.image_ids),
-        (batch.texts, "text", batch.text_ids),
-    )
-    for of_side, side, ids in sides:
-        encoded = batch.encoded(side)
-        wanted = torch.from_numpy(np.searchsorted(encoded, ids[rows[side].numpy()]))
-        shares = ranks.shares(len(encoded))
-        at = [
-            slice(*np.searchsorted(wanted.numpy(), [share.start, share.stop]).tolist()) for share in shares
-        ]  # rows ascend
-        own = wanted[at[ranks.index]] - shares[ranks.index].start
-        inputs.append({name: tensor[own].to(device) for name, tensor in of_side.items()})
-        sizes.append([part.stop - part.start for part in at])
+    for side, share in zip(SIDES, (batch.images, batch.texts), strict=True):
+        # queries, ascending, among the encoded items; each process holds the inputs of its share of these
+        wanted = np.searchsorted(batch.encoded_rows(side), rows[side].numpy())
+        shares = ranks.shares(len(batch.encoded_rows(side)))
+        ends = np.searchsorted(wanted, [0, *(one.stop for one in shares)])
+        own = wanted[ends[ranks.index] : ends[ranks.index + 1]] - shares[ranks.index].start
+        inputs.append({name: tensor[torch.from_numpy(own)].to(device) for name, tensor in share.items()})
+        sizes.append(np.diff(ends).tolist())
     with accelerator.autocast():
         images, texts = slow.encode(*inputs)
     images, texts = ranks.joined(images, sizes[0]), ranks.joined(texts, sizes[1])

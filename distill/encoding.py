@@ -13,11 +13,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from distill.protocols import Embeddings
+from distill.inference import random_state, set_random_state
+from distill.protocols import SIDES, Embeddings
 from distill.ranks import Ranks
 from distill.sampler import share_of
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from distill.batches import StepBatch
-    from distill.protocols import Ids, Side
 
     Tensors = Mapping[str, Tensor]
 
@@ -73,7 +72,7 @@ def encode(
     found: list[Embeddings] = []
     with torch.no_grad():
         for piece in pieces:
-            piece.random = _RandomState.now(piece.device)
+            piece.random = random_state(piece.device)
             found.append(piece.through(model, accelerator))
     own = Embeddings(
         torch.cat([out.images for out in found if out.images is not None]).requires_grad_(),
@@ -88,24 +87,19 @@ def _joined(out: Embeddings, ranks: Ranks, counts: tuple[int, int]) -> Embedding
         return out
     assert out.images is not None
     assert out.texts is not None
-    sizes = [[share.stop - share.start for share in ranks.shares(count)] for count in counts]
-    return replace(out, images=ranks.joined(out.images, sizes[0]), texts=ranks.joined(out.texts, sizes[1]))
+    images, texts = (ranks.sizes(count) for count in counts)
+    return replace(out, images=ranks.joined(out.images, images), texts=ranks.joined(out.texts, texts))
 
 
 def with_remembered(out: Embeddings, batch: StepBatch) -> Embeddings:
     """The vectors of all of a step's items: the encoded ones with gradient, those that are remembered among them."""
     if not batch.remembered:
         return out
-    sides: tuple[tuple[Side, Tensor | None, Ids], ...] = (
-        ("image", out.images, batch.image_ids),
-        ("text", out.texts, batch.text_ids),
-    )
     found = []
-    for side, vectors, ids in sides:
+    for side, vectors in zip(SIDES, (out.images, out.texts), strict=True):
         assert vectors is not None
-        kept = batch.remembered[side]
-        encoded = torch.from_numpy(np.delete(np.arange(len(ids)), kept.rows.numpy())).to(vectors.device)
-        whole = vectors.new_zeros((len(ids), vectors.shape[1])).index_copy(0, encoded, vectors)
+        kept, encoded = batch.remembered[side], torch.from_numpy(batch.encoded_rows(side)).to(vectors.device)
+        whole = vectors.new_zeros((len(batch.ids(side)), vectors.shape[1])).index_copy(0, encoded, vectors)
         found.append(whole.index_copy(0, kept.rows.to(vectors.device), kept.vectors.to(vectors)))
     return replace(out, images=found[0], texts=found[1])
 
@@ -127,7 +121,7 @@ class Encoded:
 class _Piece:
     images: tuple[Tensors, slice] | None  # inputs and where their vectors go; None where this piece has none
     texts: tuple[Tensors, slice] | None
-    random: _RandomState | None = None
+    random: list[Tensor] | None = None  # before it was encoded
 
     @property
     def device(self) -> torch.device:
@@ -155,7 +149,7 @@ class _Cache:
 
     def _backward(self, piece: _Piece, *, scale: bool) -> None:
         assert piece.random is not None
-        piece.random.restore(piece.device)
+        set_random_state(piece.random, piece.device)
         out = piece.through(self.model, self.accelerator)
         due = [(out.scale, self.own.scale, slice(None))] if scale else []
         for side, vectors, leaf in (
@@ -171,21 +165,6 @@ class _Cache:
                 [tensor for tensor, _, _ in with_gradient],
                 [grad if grad.dim() == 0 else grad[rows] for _, grad, rows in with_gradient],
             )
-
-
-@dataclass(frozen=True)
-class _RandomState:
-    cpu: Tensor
-    cuda: Tensor | None = None
-
-    @classmethod
-    def now(cls, device: torch.device) -> _RandomState:
-        return cls(torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
-
-    def restore(self, device: torch.device) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda, device)
 
 
 def _pieces(images: Tensors, texts: Tensors, number: int) -> list[_Piece]:

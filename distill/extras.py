@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from distill.companion import AFFINE, KEYS
+from distill.protocols import SIDES
 
 if TYPE_CHECKING:
     from distill.batches import StepBatch
     from distill.losses.combine import Weighted
-    from distill.protocols import Direction, Embeddings, Ids, Side
+    from distill.protocols import Direction, Embeddings
 
 ATTENTION = frozenset({"student_attention", "teacher_attention", "attention_tokens"})
 OWN_VECTORS = frozenset({"student_images", "student_texts"})
@@ -45,14 +45,8 @@ def extras_of_step(
     if needs & OWN_VECTORS:
         made |= {"student_images": out.images, "student_texts": out.texts}
     if needs & FOLLOWED:
-        images, texts = _vectors(batch)[followed]
-        sides: tuple[tuple[Side, Tensor, Ids], ...] = (
-            ("image", images, batch.image_ids),
-            ("text", texts, batch.text_ids),
-        )
-        for side, vectors, ids in sides:
-            rows = np.searchsorted(ids, batch.encoded(side))
-            made[f"teacher_{side}s"] = vectors[torch.from_numpy(rows)].to(device)
+        for side, vectors in zip(SIDES, _vectors(batch)[followed], strict=True):
+            made[f"teacher_{side}s"] = vectors[torch.from_numpy(batch.encoded_rows(side))].to(device)
     return made
 
 

@@ -75,6 +75,23 @@ def reproducible(device: torch.device) -> Iterator[None]:
         flags.fill_uninitialized_memory = before[1]
 
 
+def random_state(device: torch.device) -> list[Tensor]:
+    """Of torch, as a model on ``device`` draws: the CPU's, and that of a GPU; ``set_random_state`` takes it back."""
+    import torch
+
+    state = [torch.get_rng_state()]
+    return [*state, torch.cuda.get_rng_state(device)] if device.type == "cuda" else state
+
+
+def set_random_state(state: list[Tensor], device: torch.device) -> None:
+    """Go on drawing from ``state``; what it holds of a GPU counts on a GPU only."""
+    import torch
+
+    torch.set_rng_state(state[0])
+    if device.type == "cuda" and len(state) > 1:
+        torch.cuda.set_rng_state(state[1], device)
+
+
 @contextmanager
 def evaluating(model: object) -> Iterator[None]:
     """No gradients, and every submodule in evaluation mode; each one's own mode is put back afterwards."""

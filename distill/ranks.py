@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distill.inference import random_state, set_random_state
 from distill.sampler import share_of
 
 if TYPE_CHECKING:
@@ -78,6 +79,10 @@ class Ranks:
         """Every process's part of ``n`` items, in order."""
         return [share_of(n, index, self.count) for index in range(self.count)]
 
+    def sizes(self, n: int) -> list[int]:
+        """How many of ``n`` items each process has."""
+        return [share.stop - share.start for share in self.shares(n)]
+
     def joined(self, own: Tensor, sizes: Sequence[int]) -> Tensor:
         """All parts (sum of sizes, ...) in order, from each process's own; gradient goes to the own part.
 
@@ -97,8 +102,7 @@ class Ranks:
         if self.count == 1:
             return own
         tensor = torch.from_numpy(np.ascontiguousarray(own)).to(self._accelerator.device)
-        sizes = [share.stop - share.start for share in self.shares(total)]
-        found: np.ndarray[Any, Any] = self.joined(tensor, sizes).cpu().numpy()
+        found: np.ndarray[Any, Any] = self.joined(tensor, self.sizes(total)).cpu().numpy()
         return found
 
     def most(self, number: int) -> int:
@@ -128,10 +132,7 @@ class RandomStates:
 
     def gather(self) -> None:
         """Before a checkpoint, in every process."""
-        own = [torch.get_rng_state()]
-        if self._device.type == "cuda":
-            own.append(torch.cuda.get_rng_state(self._device))
-        self._held = self._ranks.told_by_all(own) if self._ranks.count > 1 else []
+        self._held = self._ranks.told_by_all(random_state(self._device)) if self._ranks.count > 1 else []
 
     def state_dict(self) -> dict[str, Any]:
         """Empty where there is one process, whose state is the checkpoint's own."""
@@ -141,9 +142,7 @@ class RandomStates:
         """Take over this process's; where there were fewer or more processes, draw anew from here on."""
         held, ranks = state.get("states", []), self._ranks
         if len(held) == ranks.count > 1:
-            torch.set_rng_state(held[ranks.index][0])
-            if self._device.type == "cuda" and len(held[ranks.index]) > 1:
-                torch.cuda.set_rng_state(held[ranks.index][1], self._device)
+            set_random_state(held[ranks.index], self._device)
         elif max(1, len(held)) != ranks.count:
             log.warning(
                 "the checkpoint is of %d processes, this run has %d: same batches, but dropout draws other numbers",

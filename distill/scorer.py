@@ -108,8 +108,9 @@ class TeacherScorer:
             text_source=self.source("text"),
             options=replace(self.options, shard=(self.ranks.index, self.ranks.count)),
         )
-        self.ranks.wait()
-        self.store.refresh()
+        if self.ranks.count > 1:  # the others' units are news to this store
+            self.ranks.wait()
+            self.store.refresh()
         return self.store.require(image_ids, text_ids)
 
     def lookup(self, image_ids: Ids, text_ids: Ids) -> Scores:

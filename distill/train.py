@@ -24,11 +24,11 @@ from distill.checkpoint import Others, checkpoint_of, latest_checkpoint, load_ch
 from distill.companion import Companion
 from distill.encoding import Encoded, encode, with_remembered
 from distill.extras import extras_of_direction, extras_of_step
-from distill.inference import reproducible
+from distill.inference import reproducible, to_device
 from distill.losses.combine import NonFiniteLossError, Weighted
 from distill.meter import Meter
 from distill.progress import Progress
-from distill.protocols import SIDES, Direction, Embeddings, Inputs, Scored
+from distill.protocols import SIDES, Direction, Embeddings, Scored
 from distill.ranks import RandomStates, Ranks
 from distill.slow_copy import MomentumSettings
 
@@ -130,13 +130,12 @@ def train(
         "meter": meter,
         "randoms": randoms,
     }
-    restored = [latest_checkpoint(checkpoints), start_from]
-    start = _restore(restored, accelerator.unwrap_model(model), optimizer, phase, others)
+    done = latest_checkpoint(checkpoints)
+    start = _restore([done, start_from], accelerator.unwrap_model(model), optimizer, phase, others)
     meter.begin(start)
     if start == 0:
         # whatever was computed before, the first step finds the same random state, each process its own
         set_seed(settings.seed, device_specific=True)
-    done = latest_checkpoint(checkpoints)
     batches = replace(phase.batches, share=(ranks.index, ranks.count))
     with (
         stopping.finishing(),
@@ -274,8 +273,8 @@ def _step_loss(
         attention_pairs = (batch.pairs[0].to(device), batch.pairs[1].to(device))
     encoded = encode(
         model,
-        move(batch.images, device),
-        move(batch.texts, device),
+        to_device(batch.images, device),
+        to_device(batch.texts, device),
         accelerator=accelerator,
         counts=(len(batch.encoded("image")), len(batch.encoded("text"))),
         micro_batch=micro_batch,
@@ -333,11 +332,6 @@ def _scored(student: Tensor, batch: StepBatch, direction: Direction, scale: Tens
         scale=scale,
         in_batch=grid.in_batch.to(device),
     )
-
-
-def move(inputs: Inputs, device: torch.device) -> dict[str, Tensor]:
-    """Inputs on a device."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
 
 
 def _check_embeddings(out: Embeddings, batch: StepBatch) -> None:
