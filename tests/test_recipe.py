@@ -54,6 +54,7 @@ def test_every_shipped_recipe_opens_with_its_command_and_its_hardware() -> None:
         ("zzz=1", "zzz: unknown key; allowed: arms, cache, data"),
         ("teacher.visionn=3", "teacher.visionn: unknown key; did you mean vision?"),
         ("train.lr=abc", "train.lr: Input should be a valid number, unable to parse string as a number; found 'abc'"),
+        ("train.trackers=wandb", "train.trackers: expected a list, such as [wandb]; found 'wandb'"),
         ("train.lr=-1", "train.lr: Input should be greater than 0; found -1"),
         ("teacher.vision.width=0", "teacher.vision.width: Input should be greater than or equal to 1; found 0"),
         ("data.source=foo", "does not match any of the expected tags: 'scenes', 'karpathy', 'manifest', 'hub'"),

@@ -140,6 +140,9 @@ def _explain(error: ValidationError, source: str) -> str:
             lines.append(f"  {where}: unknown key{_hint(path[-1], allowed)}")
         elif item["type"] == "missing":
             lines.append(f"  {where}: missing")
+        elif item["type"] == "tuple_type":  # what Python calls it; a recipe has lists
+            given = yaml.safe_dump([item["input"]], default_flow_style=True).strip()
+            lines.append(f"  {where}: expected a list, such as {given}; found {item['input']!r}")
         elif isinstance(item["input"], Mapping):
             lines.append(f"  {where}: {message}")
         else:
