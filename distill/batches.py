@@ -10,7 +10,7 @@ import numpy as np
 
 from distill.data.matches import ragged_ranges
 from distill.protocols import DIRECTIONS, Direction, Ids, Inputs, Side
-from distill.sampler import BatchSampler, CandidateSampler, share_of
+from distill.sampler import CandidateSampler, PairSampler, share_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,7 +120,7 @@ class StepBatch:
 class Batches:
     """Makes the batch of any step: a map-style data set over steps, picklable for loader workers."""
 
-    sampler: BatchSampler
+    sampler: PairSampler
     images: Source
     texts: Source
     matches: Matches

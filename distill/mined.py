@@ -1,11 +1,13 @@
-"""What a round's mining leaves in the run's folder: candidates of both directions, and vectors they were found by.
+"""What a round's mining leaves in the run's folder: candidates of both directions, and what goes with them.
 
 Candidates are ``candidates-N-i2t.npz`` and ``candidates-N-t2i.npz``. Where the training reads mined items' vectors in
-place of encoding them (``train.candidates: memory``), ``vectors-N-image`` and ``vectors-N-text`` lie beside them.
+place of encoding them (``train.candidates: memory``), ``vectors-N-image`` and ``vectors-N-text`` lie beside them; where
+its batches are made of neighbours (``in_batch``), ``groups-N.npz``, and the candidates are what the groups hold.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distill.durable import write_atomically
+from distill.groups import GroupedSampler, dense_candidates, grouped
 from distill.protocols import DIRECTIONS, SIDES, Candidates, Direction, fingerprint, sides_of
 
 if TYPE_CHECKING:
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     from distill.protocols import Ids, Inputs, Side
     from distill.ranks import Ranks
 
+log = logging.getLogger(__name__)
+
 
 def candidates(x: Experiment, number: int, *, home: Path, student: Any) -> dict[Direction, Candidates]:
     """Hard candidates of round ``number`` in both directions: as ``home`` holds them, else mined by the student."""
@@ -37,6 +42,8 @@ def candidates(x: Experiment, number: int, *, home: Path, student: Any) -> dict[
         if x.recipe.train.candidates == "memory":  # first: candidates that are there have their vectors
             x.ranks.work_alone(partial(_remember, x, number, home, vectors))
         found = _mine(x, vectors)
+        if x.recipe.train.candidates == "in_batch":
+            found = _grouped(x, number, home, found, {side: (rows[side], vectors[side]) for side in SIDES})
         x.ranks.work_alone(partial(_keep, number, home, found))
     return found
 
@@ -47,6 +54,14 @@ def kept(number: int, *, home: Path) -> dict[Direction, Candidates] | None:
     if not all(path.is_file() for path in paths.values()):
         return None
     return {direction: _load(path, direction) for direction, path in paths.items()}
+
+
+def groups(x: Experiment, number: int, *, home: Path) -> GroupedSampler:
+    """Batches of neighbours, as round ``number`` has put them together."""
+    train = x.recipe.train
+    with np.load(_groups_path(number, home), allow_pickle=False) as arrays:
+        groupings = arrays["groupings"]
+    return GroupedSampler(x.corpus.split_pairs("train"), groupings, train.group, train.batch_size, x.recipe.seed)
 
 
 def memory(x: Experiment, number: int, *, home: Path) -> dict[Side, RememberedVectors]:
@@ -68,6 +83,29 @@ class RememberedVectors:
     def __call__(self, rows: Ids) -> Tensor:
         """(N, D) unit."""
         return self.features.get(rows)["vectors"]
+
+
+def _grouped(
+    x: Experiment,
+    number: int,
+    home: Path,
+    found: Mapping[Direction, Candidates],
+    vectors: Mapping[Side, tuple[Ids, Vectors]],
+) -> dict[Direction, Candidates]:
+    """Puts the training pairs into groups of neighbours, keeps these, and returns the candidates that they hold."""
+    train, pairs = x.recipe.train, x.corpus.split_pairs("train")
+    groupings = grouped(pairs, found, group=train.group, count=train.groupings, seed=[x.recipe.seed, number])
+    x.ranks.work_alone(lambda: write_atomically(_groups_path(number, home), partial(np.savez, groupings=groupings)))
+    dense = dense_candidates(pairs, groupings, train.group, x.corpus.matches, vectors)
+    for direction, those in dense.items():
+        log.info(
+            "batches of neighbours, %s: %.1f candidates a query in %d groupings, mean similarity %.3f (mined: %.3f)",
+            direction,
+            (those.item_ids >= 0).sum(axis=1).mean(),
+            train.groupings,
+            *(each.similarity[each.item_ids >= 0].mean() for each in (those, found[direction])),
+        )
+    return dense
 
 
 def _remember(x: Experiment, number: int, home: Path, vectors: Mapping[Side, Vectors]) -> None:
@@ -122,6 +160,10 @@ def _joined(own: Candidates, ranks: Ranks, queries: int) -> Candidates:
 
 def _path(number: int, home: Path, direction: Direction) -> Path:
     return home / f"candidates-{number}-{direction}.npz"
+
+
+def _groups_path(number: int, home: Path) -> Path:
+    return home / f"groups-{number}.npz"
 
 
 def _keep(number: int, home: Path, found: Mapping[Direction, Candidates]) -> None:

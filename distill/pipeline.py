@@ -15,8 +15,9 @@ from distill import mined
 from distill.asking import note_what_is_asked, pair_maps, scores_of, warn_of_odd_scores
 from distill.batches import Batches, PairScores
 from distill.durable import staged_folder
+from distill.groups import GroupedSampler
 from distill.protocols import Candidates, Direction, fingerprint
-from distill.sampler import BatchSampler, CandidateSampler
+from distill.sampler import BatchSampler, CandidateSampler, PairSampler
 from distill.suspecting import revision_of
 
 if TYPE_CHECKING:
@@ -196,18 +197,22 @@ def _phase(
     per_query, seed = x.recipe.train.candidates_per_query, x.recipe.seed
     wants_maps = "student_attention" in losses.needs
     towers = x.towers if losses.needs & TOWERS else ()
-    remembers = bool(found) and x.recipe.train.candidates == "memory"
+    kind = x.recipe.train.candidates if found else None
+    home = _home(x, stretch, folder)
+    sampler: PairSampler = BatchSampler(pairs, x.recipe.train.batch_size, seed)
+    if kind == "in_batch":
+        sampler = mined.groups(x, stretch.number, home=home)
     batches = Batches(
-        BatchSampler(pairs, x.recipe.train.batch_size, seed),
+        sampler,
         x.source(student, "image", tokens=wants_maps),
         x.source(student, "text", tokens=wants_maps),
         x.corpus.matches,
         known,
-        tuple(CandidateSampler(those, per_query, seed) for those in found.values()),
+        () if kind == "in_batch" else tuple(CandidateSampler(those, per_query, seed) for those in found.values()),
         pair_maps(x, pairs) if wants_maps else None,
         towers,
         revision,
-        memory=mined.memory(x, stretch.number, home=_home(x, stretch, folder)) if remembers else {},
+        memory=mined.memory(x, stretch.number, home=home) if kind == "memory" else {},
     )
     meaning = fingerprint(
         x.corpus.fingerprint,
@@ -219,6 +224,7 @@ def _phase(
         *((known.keys, known.scores) if known is not None else ()),
         *(tower.identity for tower in towers),
         *((*revision.arrays, revision.keep_share) if revision is not None else ()),
+        *((sampler.groupings,) if isinstance(sampler, GroupedSampler) else ()),
     )
     return Phase(stretch.start, stretch.stop, batches, losses, meaning, *_of_training(towers, recipe_of_losses))
 
@@ -243,6 +249,8 @@ _MEANING_OF_TRAIN = {
     "rounds",
     "candidates_per_query",
     "candidates",
+    "group",
+    "groupings",
     "precision",
     "micro_batch",
 }

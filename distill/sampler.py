@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, Protocol
 
 import numpy as np
 
 from distill.protocols import Candidates, Ids
+
+
+class PairSampler(Protocol):
+    """Says which labelled pairs a step trains on."""
+
+    def batch(self, step: int) -> Ids:
+        """Pairs (batch_size, 2) of image and text, of a global step counted from 0."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +42,16 @@ class BatchSampler:
     def batch(self, step: int) -> Ids:
         """Pairs (batch_size, 2) of a global step, counted from 0."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.pairs))
+        order = epoch_order(self.seed, epoch, len(self.pairs))
         return self.pairs[order[index * self.batch_size : (index + 1) * self.batch_size]]
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, count: int) -> Ids:
+    """A permutation (count,) drawn from (seed, epoch); kept, since an epoch's steps all read it."""
+    order: Ids = np.random.default_rng([seed, epoch]).permutation(count)
+    order.setflags(write=False)
+    return order
 
 
 @dataclass(frozen=True)

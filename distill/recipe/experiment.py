@@ -48,7 +48,7 @@ class ScoreRecipe(Strict):
 class TrainRecipe(Grown):
     """One student's training. Every arm gets the same steps, seed and batches."""
 
-    later: ClassVar[frozenset[str]] = frozenset({"micro_batch", "candidates"})
+    later: ClassVar[frozenset[str]] = frozenset({"micro_batch", "candidates", "group", "groupings"})
 
     steps: Count = 1200
     batch_size: Annotated[int, Field(ge=2)] = 128
@@ -66,10 +66,19 @@ class TrainRecipe(Grown):
     candidates_per_query: Count = Field(
         default=4, description="of the k scored candidates, how many a step draws for each query"
     )
-    candidates: Literal["encode", "memory"] = Field(
+    candidates: Literal["encode", "memory", "in_batch"] = Field(
         default="encode",
         description="encode: drawn candidates with gradient; memory: they keep the vectors that the round's "
-        "mining found them by, which costs nothing and goes stale until the next round",
+        "mining found them by, which costs nothing and goes stale until the next round; in_batch: batches are put "
+        "together of neighbours, so that a batch's own items are one another's candidates, with gradient",
+    )
+    group: Annotated[int, Field(ge=2)] = Field(
+        default=16,
+        description="in_batch: pairs of a group of neighbours, within which the teacher scores every image with every "
+        "text; batch_size is a multiple of it",
+    )
+    groupings: Count = Field(
+        default=2, description="in_batch: groupings that take turns by epoch; each is scored: group pairs for a pair"
     )
     precision: Literal["no", "bf16", "fp16"] = "no"
     micro_batch: Count | None = Field(
@@ -82,6 +91,15 @@ class TrainRecipe(Grown):
     checkpoint_every: Count = 500
     keep_checkpoints: Count = 1
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+    @model_validator(mode="after")
+    def _groups_fill_batches(self) -> TrainRecipe:
+        if self.candidates == "in_batch" and self.batch_size % self.group:
+            raise ValueError(
+                f"candidates: in_batch makes batches of whole groups, but batch_size is {self.batch_size} and group "
+                f"{self.group}: set batch_size to {max(1, self.batch_size // self.group) * self.group} or change group"
+            )
+        return self
 
 
 class EvaluateRecipe(Strict):
