@@ -40,9 +40,18 @@ def _wanted(pairs: Any, mined: Mapping[Direction, Candidates]) -> tuple[Ids, Ids
 
 
 def note_what_is_asked(
-    x: Experiment, pairs: Any, mined: Mapping[Direction, Candidates], stretch: Stretch, metrics: Path
+    x: Experiment,
+    pairs: Any,
+    mined: Mapping[Direction, Candidates],
+    stretch: Stretch,
+    metrics: Path,
+    *,
+    beside: Mapping[str, float],
 ) -> None:
-    """One line in the metrics: how many distinct pairs the round asks the teacher, and how many the store serves."""
+    """One line in the metrics: how many distinct pairs the round asks the teacher, and how many the store serves.
+
+    ``beside``: what else the line says of the round.
+    """
     begun = metrics.exists() and f'"round": {stretch.number}, "teacher/' in metrics.read_text(encoding="utf-8")
     if x.ranks.most(int(begun)):
         return  # the round was begun before, and asked then
@@ -57,6 +66,7 @@ def note_what_is_asked(
         "round": stretch.number,
         "teacher/asked": asked,
         "teacher/served_from_store": len(image_ids) - asked,
+        **beside,
     }
     metrics.parent.mkdir(parents=True, exist_ok=True)
     with metrics.open("a", encoding="utf-8") as file:

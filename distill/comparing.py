@@ -21,7 +21,7 @@ from distill.evaluate import Agreement, agreement, scores_of
 from distill.exact import similarity_rows
 from distill.gap import gap_report
 from distill.index import VectorIndex
-from distill.pipeline import SHARED
+from distill.pipeline import SHARED, stretches
 from distill.progress import track
 from distill.protocols import DIRECTIONS, SIDES, Candidates, Direction, Ids, Side, sides_of
 from distill.results import evaluate, rerank_shortlists, save_indexes, student_vectors
@@ -215,7 +215,7 @@ def _same(plan: Plan) -> dict[str, str]:
         "learning rate": f"{train.lr:g}, warm-up {train.warmup:.0%}, cosine to 0; weight decay {train.weight_decay:g}",
         "candidates": f"{mined.k} a query in each direction, mined by the student of the shared steps, "
         f"{train.candidates_per_query} drawn a step",
-        "rounds": str(train.rounds),
+        "rounds": str(len(stretches(x)) - 1),
         "initial weights": "those of the seed",
     }
 

@@ -1,12 +1,15 @@
 """What a round's mining leaves in the run's folder: candidates of both directions, and what goes with them.
 
-Candidates are ``candidates-N-i2t.npz`` and ``candidates-N-t2i.npz``. Where the training reads mined items' vectors in
-place of encoding them (``train.candidates: memory``), ``vectors-N-image`` and ``vectors-N-text`` lie beside them; where
-its batches are made of neighbours (``in_batch``), ``groups-N.npz``, and the candidates are what the groups hold.
+Of round N: ``candidates-N-i2t.npz`` and ``candidates-N-t2i.npz``, and ``mined-N.json`` with what mining found out.
+Where the training reads mined items' vectors in place of encoding them (``train.candidates: memory``),
+``vectors-N-image`` and ``vectors-N-text`` lie beside them; where its batches are made of neighbours (``in_batch``),
+``groups-N.npz`` holds them, ``near-N-*.npz`` the neighbours they were made from, and the candidates are what the groups
+hold.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass
 from functools import partial
@@ -31,47 +34,64 @@ if TYPE_CHECKING:
     from distill.ranks import Ranks
 
 log = logging.getLogger(__name__)
+Both = dict[Direction, Candidates]
 
 
-def candidates(x: Experiment, number: int, *, home: Path, student: Any) -> dict[Direction, Candidates]:
-    """Hard candidates of round ``number`` in both directions: as ``home`` holds them, else mined by the student."""
-    found = kept(number, home=home)
-    if found is None:
-        rows = x.corpus.split("train").ids
-        vectors = {side: x.embed(student, side, rows[side]) for side in SIDES}
-        if x.recipe.train.candidates == "memory":  # first: candidates that are there have their vectors
-            x.ranks.work_alone(partial(_remember, x, number, home, vectors))
-        found = _mine(x, vectors)
-        if x.recipe.train.candidates == "in_batch":
-            found = _grouped(x, number, home, found, {side: (rows[side], vectors[side]) for side in SIDES})
-        x.ranks.work_alone(partial(_keep, number, home, found))
-    return found
+@dataclass(frozen=True)
+class Round:
+    """A round of mine -> score -> train, and where what it mined is kept."""
+
+    number: int
+    home: Path
+
+    def candidates(self, direction: Direction, kind: str = "candidates") -> Path:
+        """File of one direction; ``near``: of the neighbours that groups were made from."""
+        return self.home / f"{kind}-{self.number}-{direction}.npz"
+
+    @property
+    def groups(self) -> Path:
+        """File of the groupings."""
+        return self.home / f"groups-{self.number}.npz"
+
+    @property
+    def about(self) -> Path:
+        """File of what mining found out."""
+        return self.home / f"mined-{self.number}.json"
+
+    def vectors(self, side: Side) -> Path:
+        """Folder of the vectors that items were found by."""
+        return self.home / f"vectors-{self.number}-{side}"
 
 
-def kept(number: int, *, home: Path) -> dict[Direction, Candidates] | None:
-    """Of round ``number``, where both directions are there."""
-    paths = {direction: _path(number, home, direction) for direction in DIRECTIONS}
+# --- what is kept -----------------------------------------------------------------------------------------------------
+
+
+def kept(of: Round, kind: str = "candidates") -> Both | None:
+    """What a round trains on, where both directions are there."""
+    paths = {direction: of.candidates(direction, kind) for direction in DIRECTIONS}
     if not all(path.is_file() for path in paths.values()):
         return None
     return {direction: _load(path, direction) for direction, path in paths.items()}
 
 
-def groups(x: Experiment, number: int, *, home: Path) -> GroupedSampler:
-    """Batches of neighbours, as round ``number`` has put them together."""
+def about(of: Round) -> dict[str, float]:
+    """What a round's mining found out, for its line in the metrics; see ``candidates``."""
+    return dict(json.loads(of.about.read_text("utf-8"))) if of.about.is_file() else {}
+
+
+def groups(x: Experiment, of: Round) -> GroupedSampler:
+    """Batches of neighbours, as a round has put them together."""
     train = x.recipe.train
-    with np.load(_groups_path(number, home), allow_pickle=False) as arrays:
+    with np.load(of.groups, allow_pickle=False) as arrays:
         groupings = arrays["groupings"]
     return GroupedSampler(x.corpus.split_pairs("train"), groupings, train.group, train.batch_size, x.recipe.seed)
 
 
-def memory(x: Experiment, number: int, *, home: Path) -> dict[Side, RememberedVectors]:
-    """Vectors of the training items by the student that mined round ``number``."""
+def memory(x: Experiment, of: Round) -> dict[Side, RememberedVectors]:
+    """Vectors of the training items by the student that mined a round."""
     from distill.features import Features
 
-    return {
-        side: RememberedVectors(Features.open(home / f"vectors-{number}-{side}", _mark(x, number, side)))
-        for side in SIDES
-    }
+    return {side: RememberedVectors(Features.open(of.vectors(side), _mark(x, of, side))) for side in SIDES}
 
 
 @dataclass(frozen=True)
@@ -85,17 +105,112 @@ class RememberedVectors:
         return self.features.get(rows)["vectors"]
 
 
-def _grouped(
-    x: Experiment,
-    number: int,
-    home: Path,
-    found: Mapping[Direction, Candidates],
-    vectors: Mapping[Side, tuple[Ids, Vectors]],
-) -> dict[Direction, Candidates]:
-    """Puts the training pairs into groups of neighbours, keeps these, and returns the candidates that they hold."""
+# --- mining a round ---------------------------------------------------------------------------------------------------
+
+
+def candidates(x: Experiment, of: Round, *, student: Any, before: Round | None = None) -> Both:
+    """Hard candidates of a round in both directions: as its folder holds them, else mined by the student.
+
+    Where the recipe says so (``mine.overlap_below``) and freshly mined ones are much the same as those of the round
+    ``before``, these stay. Noted beside them, of the freshly mined by direction: ``candidates/above_match``, the part
+    that the student puts above the query's labelled match; ``candidates/similarity``, their mean;
+    ``candidates/fresh_share``, the part that the round before had not. Then ``candidates/taken``, 0 where those of
+    before stay, and ``teacher/saved``, the pairs that are therefore not asked of the teacher.
+    """
+    found = kept(of)
+    if found is not None:
+        return found
+    rows = x.corpus.split("train").ids
+    vectors = {side: x.embed(student, side, rows[side]) for side in SIDES}
+    if x.recipe.train.candidates == "memory":
+        x.ranks.work_alone(lambda: _remember(x, of, vectors))
+    fresh = _mine(x, vectors)
+    noted = {
+        name: value
+        for direction, those in fresh.items()
+        for name, value in _hardness(x, those, direction, vectors).items()
+    }
+    stay = False
+    if before is not None:
+        earlier = kept(before, "near") or kept(before) or {}
+        shares = {direction: fresh_share(earlier[direction], those) for direction, those in fresh.items()}
+        limit, overlap = x.recipe.mine.overlap_below, 1 - float(np.mean(list(shares.values())))
+        stay = limit is not None and overlap >= limit
+        noted |= {f"candidates/fresh_share/{direction}": share for direction, share in shares.items()}
+        noted |= {"candidates/taken": float(not stay), "teacher/saved": _unasked(x, fresh) if stay else 0}
+        log.info(
+            "round %d: %.0f %% of the freshly mined candidates are new: %s",
+            of.number,
+            100 * (1 - overlap),
+            "those in use stay" if stay else "they replace those in use",
+        )
+    x.ranks.work_alone(lambda: write_atomically(of.about, lambda file: file.write(json.dumps(noted).encode())))
+    if stay:
+        assert before is not None
+        x.ranks.work_alone(lambda: _carry_on(before, of))
+    elif x.recipe.train.candidates == "in_batch":
+        _group(x, of, fresh, {side: (rows[side], vectors[side]) for side in SIDES})
+    else:
+        x.ranks.work_alone(lambda: _keep(of, fresh))
+    found = kept(of)
+    assert found is not None
+    return found
+
+
+def fresh_share(old: Candidates, new: Candidates) -> float:
+    """Part of the new candidates (B, K) that the old ones of the same queries do not hold; 0 where there are none."""
+    before = old.item_ids[np.searchsorted(old.query_ids, new.query_ids)]  # (B, K')
+    width = 1 + max(int(before.max(initial=0)), int(new.item_ids.max(initial=0)))
+    row = np.arange(len(before))[:, None] * width
+    there = new.item_ids >= 0
+    known = np.isin((row + new.item_ids)[there], (row + before)[before >= 0])
+    return float(1 - known.mean()) if known.size else 0.0
+
+
+def _hardness(
+    x: Experiment, found: Candidates, direction: Direction, vectors: Mapping[Side, Vectors]
+) -> dict[str, float]:
+    """How hard candidates are to the student that mined them, see ``candidates``."""
+    from distill import exact
+    from distill.asking import labelled_match
+
+    rows = x.corpus.split("train").ids
+    query, item = sides_of(direction)
+    match = labelled_match(x.corpus.split_pairs("train"), direction, found.query_ids)
+    asking = vectors[query][np.searchsorted(rows[query], found.query_ids)]
+    own = exact.similarity_rows(asking, vectors[item][np.searchsorted(rows[item], match)][:, None])  # (B, 1)
+    there = found.item_ids >= 0
+    return {
+        f"candidates/above_match/{direction}": float((found.similarity > own)[there].mean()),
+        f"candidates/similarity/{direction}": float(found.similarity[there].mean()),
+    }
+
+
+def _unasked(x: Experiment, found: Mapping[Direction, Candidates]) -> int:
+    """Distinct pairs of the candidates that the teacher would have to be asked for."""
+    if not any(arm.reads_scores for arm in x.recipe.arms.values()):
+        return 0
+    images, texts = (np.concatenate(ids) for ids in zip(*(those.pairs() for those in found.values()), strict=True))
+    images, texts = np.divmod(np.unique(images * x.corpus.n_texts + texts), x.corpus.n_texts)
+    return int(np.isnan(x.scorer.lookup(images, texts)).sum())
+
+
+def _carry_on(before: Round, of: Round) -> None:
+    """A round goes on with all that the one before trained on."""
+    if before.groups.is_file():
+        write_atomically(of.groups, lambda file: file.write(before.groups.read_bytes()))
+    for kind in ("near", "candidates"):
+        found = kept(before, kind)
+        if found is not None:
+            _keep(of, found, kind)
+
+
+def _group(
+    x: Experiment, of: Round, found: Mapping[Direction, Candidates], vectors: Mapping[Side, tuple[Ids, Vectors]]
+) -> None:
+    """Puts the training pairs into groups of neighbours, and keeps these and the candidates that they hold."""
     train, pairs = x.recipe.train, x.corpus.split_pairs("train")
-    groupings = grouped(pairs, found, group=train.group, count=train.groupings, seed=[x.recipe.seed, number])
-    x.ranks.work_alone(lambda: write_atomically(_groups_path(number, home), partial(np.savez, groupings=groupings)))
+    groupings = grouped(pairs, found, group=train.group, count=train.groupings, seed=[x.recipe.seed, of.number])
     dense = dense_candidates(pairs, groupings, train.group, x.corpus.matches, vectors)
     for direction, those in dense.items():
         log.info(
@@ -105,10 +220,16 @@ def _grouped(
             train.groupings,
             *(each.similarity[each.item_ids >= 0].mean() for each in (those, found[direction])),
         )
-    return dense
+
+    def keep() -> None:
+        write_atomically(of.groups, partial(np.savez, groupings=groupings))
+        _keep(of, found, "near")
+        _keep(of, dense)
+
+    x.ranks.work_alone(keep)
 
 
-def _remember(x: Experiment, number: int, home: Path, vectors: Mapping[Side, Vectors]) -> None:
+def _remember(x: Experiment, of: Round, vectors: Mapping[Side, Vectors]) -> None:
     import torch
 
     from distill.features import write_features
@@ -119,21 +240,21 @@ def _remember(x: Experiment, number: int, home: Path, vectors: Mapping[Side, Vec
         def of_rows(wanted: Ids, rows: Ids = rows, whole: Vectors = whole) -> Inputs:
             return {"vectors": torch.from_numpy(whole[np.searchsorted(rows, wanted)])}
 
-        write_features(home / f"vectors-{number}-{side}", _mark(x, number, side), rows, of_rows)
+        write_features(of.vectors(side), _mark(x, of, side), rows, of_rows)
 
 
-def _mark(x: Experiment, number: int, side: Side) -> str:
-    return fingerprint("remembered", x.corpus.fingerprint, x.recipe.seed, number, side)
+def _mark(x: Experiment, of: Round, side: Side) -> str:
+    return fingerprint("remembered", x.corpus.fingerprint, x.recipe.seed, of.number, side)
 
 
-def _mine(x: Experiment, vectors: Mapping[Side, Vectors]) -> dict[Direction, Candidates]:
+def _mine(x: Experiment, vectors: Mapping[Side, Vectors]) -> Both:
     from distill.filters import TeacherMargin
     from distill.index import VectorIndex
     from distill.mine import MineSettings, mine
 
     split, recipe = x.corpus.split("train"), x.recipe.mine
     ids = split.ids
-    found: dict[Direction, Candidates] = {}
+    found: Both = {}
     for direction in DIRECTIONS:
         query, item = sides_of(direction)
         margin, queries = recipe.drop_above_positive, len(ids[query])
@@ -158,17 +279,9 @@ def _joined(own: Candidates, ranks: Ranks, queries: int) -> Candidates:
     return Candidates(own.direction, *(ranks.joined_array(array, queries) for array in arrays))
 
 
-def _path(number: int, home: Path, direction: Direction) -> Path:
-    return home / f"candidates-{number}-{direction}.npz"
-
-
-def _groups_path(number: int, home: Path) -> Path:
-    return home / f"groups-{number}.npz"
-
-
-def _keep(number: int, home: Path, found: Mapping[Direction, Candidates]) -> None:
+def _keep(of: Round, found: Mapping[Direction, Candidates], kind: str = "candidates") -> None:
     for direction, those in found.items():
-        write_atomically(_path(number, home, direction), partial(_save, those))
+        write_atomically(of.candidates(direction, kind), partial(_save, those))
 
 
 def _save(found: Candidates, file: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,12 +96,15 @@ class Stretch:
 
 
 def stretches(x: Experiment) -> list[Stretch]:
-    """The shared steps, then the rounds, evenly cut."""
-    train = x.recipe.train
+    """The shared steps, then the rounds: so many, evenly cut, or a new one every so many epochs."""
+    train, every = x.recipe.train, x.recipe.mine.every_epochs
     shared = round(train.shared * train.steps)
-    cuts = [shared + round((train.steps - shared) * part / train.rounds) for part in range(train.rounds + 1)]
-    rounds = [Stretch(number + 1, cuts[number], cuts[number + 1]) for number in range(train.rounds)]
-    return [Stretch(0, 0, shared), *rounds]
+    if every is None:
+        cuts = [shared + round((train.steps - shared) * part / train.rounds) for part in range(train.rounds + 1)]
+    else:
+        length = max(1, round(every * len(x.corpus.split_pairs("train")) / train.batch_size))
+        cuts = [*range(shared, train.steps, length), train.steps]
+    return [Stretch(0, 0, shared), *(Stretch(n, *cut) for n, cut in enumerate(pairwise(cuts), start=1))]
 
 
 def shared_checkpoint(x: Experiment) -> Path | None:
@@ -136,8 +140,10 @@ def trained_arm(x: Experiment, name: str) -> Path:
         if reached is None:
             if checkpoint is not None:
                 load_weights(checkpoint, student)
-            home = _home(x, stretch, folder)
-            found = mined.candidates(x, stretch.number, home=home, student=student) if arm.uses_candidates else {}
+            of, before = _round(x, stretch.number, folder), None
+            if stretch.number > 1:
+                before = _round(x, stretch.number - 1, folder)
+            found = mined.candidates(x, of, student=student, before=before) if arm.uses_candidates else {}
             phase = _phase(
                 x,
                 student,
@@ -186,11 +192,11 @@ def _phase(
     from distill.extras import TOWERS
     from distill.train import Phase
 
-    found = found or {}
+    found, of = found or {}, _round(x, stretch.number, folder)
     pairs = x.corpus.split_pairs("train")
     known = revision = None
     if scores:
-        note_what_is_asked(x, pairs, found, stretch, folder / "metrics.jsonl")
+        note_what_is_asked(x, pairs, found, stretch, folder / "metrics.jsonl", beside=mined.about(of))
         known = scores_of(x, pairs, found)
         warn_of_odd_scores(pairs, known, found, losses)
         revision = revision_of(x, found, known, stretch, metrics=folder / "metrics.jsonl")
@@ -198,10 +204,9 @@ def _phase(
     wants_maps = "student_attention" in losses.needs
     towers = x.towers if losses.needs & TOWERS else ()
     kind = x.recipe.train.candidates if found else None
-    home = _home(x, stretch, folder)
     sampler: PairSampler = BatchSampler(pairs, x.recipe.train.batch_size, seed)
     if kind == "in_batch":
-        sampler = mined.groups(x, stretch.number, home=home)
+        sampler = mined.groups(x, of)
     batches = Batches(
         sampler,
         x.source(student, "image", tokens=wants_maps),
@@ -212,7 +217,7 @@ def _phase(
         pair_maps(x, pairs) if wants_maps else None,
         towers,
         revision,
-        memory=mined.memory(x, stretch.number, home=home) if kind == "memory" else {},
+        memory=mined.memory(x, of) if kind == "memory" else {},
     )
     meaning = fingerprint(
         x.corpus.fingerprint,
@@ -259,9 +264,9 @@ _MEANING_OF_TRAIN = {
 # --- mine, score ------------------------------------------------------------------------------------------------------
 
 
-def _home(x: Experiment, stretch: Stretch, folder: Path) -> Path:
+def _round(x: Experiment, number: int, folder: Path) -> mined.Round:
     """Where a round's candidates are kept: the first round's are those of all arms."""
-    return x.folder / SHARED if stretch.number == 1 else folder
+    return mined.Round(number, x.folder / SHARED if number == 1 else folder)
 
 
 def first_candidates(x: Experiment) -> dict[Direction, Candidates]:
@@ -271,12 +276,12 @@ def first_candidates(x: Experiment) -> dict[Direction, Candidates]:
     student, checkpoint = x.fresh_student(), shared_checkpoint(x)
     if checkpoint is not None:
         load_weights(checkpoint, student)
-    return mined.candidates(x, stretches(x)[1].number, home=x.folder / SHARED, student=student)
+    return mined.candidates(x, mined.Round(1, x.folder / SHARED), student=student)
 
 
 def mined_before(x: Experiment) -> dict[Direction, Candidates]:
     """The first round's candidates as the run's folder holds them; FileNotFoundError where they were never mined."""
-    found = mined.kept(stretches(x)[1].number, home=x.folder / SHARED)
+    found = mined.kept(mined.Round(1, x.folder / SHARED))
     if found is None:
         raise FileNotFoundError(f"{x.folder} has no mined candidates yet: distill run RECIPE --resume first")
     return found

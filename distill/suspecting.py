@@ -91,9 +91,11 @@ def revision_of(
 ) -> Revision | None:
     """What the recipe makes of the round's suspects; None, and nothing computed, where it keeps them all.
 
-    How many there are is logged, and written to ``metrics`` as one line.
+    How many there are is logged, and written to ``metrics`` as one line. In any case a line says what part of the
+    candidates the teacher puts above the query's labelled match by more than ``false_negatives.margin``.
     """
     recipe = x.recipe.false_negatives
+    x.ranks.work_alone(lambda: _note_rate(x, mined, known, stretch, metrics))
     if not recipe.active:
         return None
     found = find(x, mined, known)
@@ -113,13 +115,29 @@ def revision_of(
     )
 
 
+def _note_rate(
+    x: Experiment, mined: Mapping[Direction, Candidates], known: PairScores, stretch: Stretch, metrics: Path
+) -> None:
+    line: dict[str, float] = {"step": stretch.start, "round": stretch.number}
+    for direction, found in mined.items():
+        those = judged(found, known.lookup, x.corpus.matches)
+        above = those.scores > those.labelled + x.recipe.false_negatives.margin
+        line[f"teacher/above_match/{direction}"] = float(above.mean()) if len(above) else 0.0
+    _append(line, metrics, marker='"teacher/above_match')
+
+
 def _note(found: Found, stretch: Stretch, metrics: Path) -> None:
-    if metrics.exists() and f'"round": {stretch.number}, "false_negatives/' in metrics.read_text(encoding="utf-8"):
-        return  # the round was begun before
-    line: dict[str, int] = {"step": stretch.start, "round": stretch.number}
+    line: dict[str, float] = {"step": stretch.start, "round": stretch.number}
     for direction, those in found.suspects.items():
         line |= {f"false_negatives/{direction}/{kind}": count for kind, count in those.counts().items()}
         line[f"candidates/{direction}"] = those.candidates
+    _append(line, metrics, marker='"false_negatives/')
+
+
+def _append(line: dict[str, float], metrics: Path, *, marker: str) -> None:
+    """One line of a round, unless it is there from when the round was begun before."""
+    if metrics.exists() and f'"round": {line["round"]}, {marker}' in metrics.read_text(encoding="utf-8"):
+        return
     metrics.parent.mkdir(parents=True, exist_ok=True)
     with metrics.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")

@@ -24,8 +24,10 @@ from distill.recipe.schema import (
 )
 
 
-class MineRecipe(Strict):
-    """Which items count as a query's hard candidates."""
+class MineRecipe(Grown):
+    """Which items count as a query's hard candidates, and when they are mined anew."""
+
+    later: ClassVar[frozenset[str]] = frozenset({"every_epochs", "overlap_below"})
 
     k: Count = Field(default=16, description="candidates a query that the teacher scores, in each direction")
     skip_top: Natural = Field(default=0, description="leave out the n most similar non-matches: likely false negatives")
@@ -33,6 +35,14 @@ class MineRecipe(Strict):
     nprobe: Count | None = None
     drop_above_positive: float | None = Field(
         default=None, description="drop candidates that the teacher scores above the positive by more than this margin"
+    )
+    every_epochs: Positive | None = Field(
+        default=None, description="mine anew every so many epochs after the shared steps; in place of train.rounds"
+    )
+    overlap_below: Share | None = Field(
+        default=None,
+        description="in later rounds, take freshly mined candidates only where they have less than this part in common "
+        "with those in use, which stay otherwise: the teacher is then asked nothing; null = always take them",
     )
 
 
@@ -203,6 +213,20 @@ class Recipe(Grown):
             raise ValueError(
                 f"train.candidates_per_query is {self.train.candidates_per_query} but mine.k is only {self.mine.k}: "
                 "raise mine.k or lower train.candidates_per_query"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_are_said_once(self) -> Recipe:
+        if self.mine.every_epochs is not None and self.train.rounds != 1:
+            raise ValueError(
+                f"mine.every_epochs is {self.mine.every_epochs:g} and train.rounds {self.train.rounds}: both say when "
+                "candidates are mined anew; leave one out"
+            )
+        if self.mine.overlap_below is not None and self.mine.every_epochs is None and self.train.rounds == 1:
+            raise ValueError(
+                "mine.overlap_below compares candidates of a round with those of the round before, but there is only "
+                "one round: set mine.every_epochs or train.rounds"
             )
         return self
 
