@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 Device = Literal["auto", "cpu", "gpu"]
+# Items compared at a time. FAISS's 1024 makes threads wait for one another four times as often: with two threads on a
+# busy machine a flat search of 20,000 x 100,000 vectors took 1.8 times as long.
+_ITEMS_AT_ONCE = 4096
 
 
 class MissingFaissError(ImportError):
@@ -36,12 +39,14 @@ def bounded_threads(faiss: Any) -> Iterator[int]:
 def faiss_module() -> Any:
     """FAISS, imported when it is first needed: importing it loads its own OpenMP and takes a tenth of a second."""
     try:
-        return importlib.import_module("faiss")
+        faiss = importlib.import_module("faiss")
     except ImportError as error:
         raise MissingFaissError(
             'FAISS is not installed: pip install "cross2dual[cpu]", or pip install "cross2dual[gpu]" where there is an '
             "NVIDIA GPU; never both, they overwrite each other"
         ) from error
+    faiss.cvar.distance_compute_blas_database_bs = _ITEMS_AT_ONCE
+    return faiss
 
 
 def wants_gpu(faiss: Any, device: Device) -> bool:

@@ -30,11 +30,13 @@ if TYPE_CHECKING:
     from distill.exact import Vectors
     from distill.experiment import Experiment
     from distill.features import Features
+    from distill.index import VectorIndex
     from distill.protocols import Ids, Inputs, Side
     from distill.ranks import Ranks
 
 log = logging.getLogger(__name__)
 Both = dict[Direction, Candidates]
+_SAMPLED = 512  # queries that an approximate index is tried with
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,11 @@ def candidates(x: Experiment, of: Round, *, student: Any, before: Round | None =
     ``before``, these stay. Noted beside them, of the freshly mined by direction: ``candidates/above_match``, the part
     that the student puts above the query's labelled match; ``candidates/similarity``, their mean;
     ``candidates/fresh_share``, the part that the round before had not. Then ``candidates/taken``, 0 where those of
-    before stay, and ``teacher/saved``, the pairs that are therefore not asked of the teacher.
+    before stay, and ``teacher/saved``, the pairs that are therefore not asked of the teacher. Of an index that is not
+    exact ``candidates/index_recall``.
+
+    Raises:
+        ValueError: such an index finds less of the true candidates than ``mine.recall_floor``.
     """
     found = kept(of)
     if found is not None:
@@ -124,12 +130,9 @@ def candidates(x: Experiment, of: Round, *, student: Any, before: Round | None =
     vectors = {side: x.embed(student, side, rows[side]) for side in SIDES}
     if x.recipe.train.candidates == "memory":
         x.ranks.work_alone(lambda: _remember(x, of, vectors))
-    fresh = _mine(x, vectors)
-    noted = {
-        name: value
-        for direction, those in fresh.items()
-        for name, value in _hardness(x, those, direction, vectors).items()
-    }
+    fresh, noted = _mine(x, vectors)
+    for direction, those in fresh.items():
+        noted |= _hardness(x, those, direction, vectors)
     stay = False
     if before is not None:
         earlier = kept(before, "near") or kept(before) or {}
@@ -247,7 +250,8 @@ def _mark(x: Experiment, of: Round, side: Side) -> str:
     return fingerprint("remembered", x.corpus.fingerprint, x.recipe.seed, of.number, side)
 
 
-def _mine(x: Experiment, vectors: Mapping[Side, Vectors]) -> Both:
+def _mine(x: Experiment, vectors: Mapping[Side, Vectors]) -> tuple[Both, dict[str, float]]:
+    """Candidates of both directions, and of an index that is not exact what part of the true ones it finds."""
     from distill.filters import TeacherMargin
     from distill.index import VectorIndex
     from distill.mine import MineSettings, mine
@@ -255,13 +259,17 @@ def _mine(x: Experiment, vectors: Mapping[Side, Vectors]) -> Both:
     split, recipe = x.corpus.split("train"), x.recipe.mine
     ids = split.ids
     found: Both = {}
+    noted: dict[str, float] = {}
     for direction in DIRECTIONS:
         query, item = sides_of(direction)
+        index = VectorIndex.build(vectors[item], ids[item], factory=recipe.factory, nprobe=recipe.nprobe)
+        if not index.exact:
+            noted[f"candidates/index_recall/{direction}"] = _checked_recall(x, index, vectors[query], direction)
         margin, queries = recipe.drop_above_positive, len(ids[query])
         # dropping asks the teacher, which all processes do together: then each mines all
         share = x.ranks.share(queries) if margin is None else slice(None)
         own = mine(
-            VectorIndex.build(vectors[item], ids[item], factory=recipe.factory, nprobe=recipe.nprobe),
+            index,
             vectors[query][share],
             query_ids=ids[query][share],
             matches=x.corpus.matches,
@@ -270,7 +278,25 @@ def _mine(x: Experiment, vectors: Mapping[Side, Vectors]) -> Both:
             drop=None if margin is None else TeacherMargin(margin, x.ask, x.corpus.matches, direction),
         )
         found[direction] = own if margin is not None else _joined(own, x.ranks, queries)
-    return found
+    return found, noted
+
+
+def _checked_recall(x: Experiment, index: VectorIndex, queries: Vectors, direction: Direction) -> float:
+    """Of an approximate index, over a sample of the queries; it is refused under the recipe's floor.
+
+    Raises:
+        ValueError: it finds too few of the true candidates.
+    """
+    recipe = x.recipe.mine
+    sample = queries[np.linspace(0, len(queries) - 1, min(_SAMPLED, len(queries))).astype(np.int64)]
+    try:
+        recall = index.recall_against_exact(sample, recipe.k, floor=recipe.recall_floor)
+    except ValueError as error:
+        raise ValueError(f"mine.factory, {direction}: {error}; mine.recall_floor says what is required") from None
+    log.info(
+        "index %s, %s: %.1f %% of the true %d candidates are found", index.factory, direction, 100 * recall, recipe.k
+    )
+    return recall
 
 
 def _joined(own: Candidates, ranks: Ranks, queries: int) -> Candidates:

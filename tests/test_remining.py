@@ -107,3 +107,14 @@ def similarity_of_match(x, found: Candidates) -> np.ndarray:
     texts = np.array([x.corpus.matches.texts_of(int(image))[0] for image in found.query_ids])
     images = x.embed(student, "image", found.query_ids)
     return np.einsum("nd,nd->n", images, x.embed(student, "text", texts))
+
+
+def test_an_approximate_index_tells_its_recall_and_is_refused_under_the_floor(tmp_path: Path) -> None:
+    own = ["mine.factory='IVF16,Flat'", "mine.nprobe=1"]
+    with pytest.raises(ValueError, match=r"mine\.factory, i2t: the index 'IVF16,Flat' finds .* mine\.recall_floor"):
+        trained_arm(experiment(tmp_path / "refused", *own, "mine.recall_floor=0.99"), "distilled")
+    x = experiment(tmp_path / "taken", "mine.factory='IVF16,Flat'", "mine.nprobe=12", "mine.recall_floor=0.5")
+    trained_arm(x, "distilled")
+    for line in rounds_of(x.folder / "arms" / "distilled"):
+        for direction in DIRECTIONS:
+            assert 0.5 <= line[f"candidates/index_recall/{direction}"] <= 1

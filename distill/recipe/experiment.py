@@ -27,12 +27,15 @@ from distill.recipe.schema import (
 class MineRecipe(Grown):
     """Which items count as a query's hard candidates, and when they are mined anew."""
 
-    later: ClassVar[frozenset[str]] = frozenset({"every_epochs", "overlap_below"})
+    later: ClassVar[frozenset[str]] = frozenset({"every_epochs", "overlap_below", "recall_floor"})
 
     k: Count = Field(default=16, description="candidates a query that the teacher scores, in each direction")
     skip_top: Natural = Field(default=0, description="leave out the n most similar non-matches: likely false negatives")
     factory: str = Field(default="Flat", description="FAISS factory string, inner product")
     nprobe: Count | None = None
+    recall_floor: Share = Field(
+        default=0.9, description="an index that is not Flat must find at least this part of the true k candidates"
+    )
     drop_above_positive: float | None = Field(
         default=None, description="drop candidates that the teacher scores above the positive by more than this margin"
     )
