@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distill.batches import StepBatch
 from distill.data.matches import Matches
 from distill.experiment import Experiment
 from distill.groups import GroupedSampler, dense_candidates, grouped
+from distill.meter import Meter
 from distill.pipeline import _phase, first_candidates, stretches, taught_teacher, trained_arm
 from distill.protocols import DIRECTIONS, Candidates, sides_of
 from distill.recipe.build import builders
@@ -196,6 +199,26 @@ def test_a_recipe_trains_with_it_in_both_rounds_and_the_meaning_knows_the_groups
     for number, home in ((1, x.folder / "shared"), (2, x.folder / "arms" / "distilled")):
         with np.load(home / f"groups-{number}.npz") as kept:
             assert kept["groupings"].shape == (2, len(x.corpus.split_pairs("train")))
+
+
+def test_a_run_that_died_between_and_amid_rounds_ends_bit_equal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = trained_arm(experiment(tmp_path / "whole"), "distilled")
+    own = Meter.step
+    for at in (10, 13, 16, 19):  # 10 steps shared, rounds of 7, a checkpoint every 3
+
+        def dying(meter: Meter, batch: StepBatch, *args: Any, at: int = at, **options: Any) -> Any:
+            if batch.step == at:
+                raise RuntimeError("the end")
+            return own(meter, batch, *args, **options)
+
+        monkeypatch.setattr(Meter, "step", dying)
+        with pytest.raises(RuntimeError, match="the end"):
+            trained_arm(experiment(tmp_path / "died"), "distilled")
+    monkeypatch.setattr(Meter, "step", own)
+    died = trained_arm(experiment(tmp_path / "died"), "distilled")
+    assert (died / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
 def test_a_batch_that_groups_do_not_fill_is_refused_before_any_work() -> None:
