@@ -197,6 +197,8 @@ class Experiment:
         student = self.builders.student(self.corpus)
         if self.recipe.needs_maps:  # in every arm, so that all arms start from the same weights and optimizer
             student.enable_attention(ATTENTION_WIDTH)
+        if self.recipe.train.gradient_checkpointing:
+            student.recompute_activations()
         return student.to(self.accelerator.device)
 
     def saved_student(self, folder: Path) -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from distill.durable import write_atomically
+from distill.preflight_training import check_means
 from distill.protocols import DIRECTIONS, ContrastiveTeachable, MapsTeacher, TeachableTeacher
 from distill.recipe.load import dump
 
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 _FREE = {
     "runs", "cache", "device", "prepared_gib", "score", "train.workers", "train.log_every", "train.checkpoint_every",
     "train.keep_checkpoints", "train.trackers", "evaluate.batch_size", "teacher.compile",
+    "train.gradient_checkpointing",
 }  # fmt: skip
 
 
@@ -32,9 +34,11 @@ def check(x: Experiment) -> None:
 
     Raises:
         PreflightError: with the value, the limit and what to change.
+        ExperimentError: a means of training that is not there.
     """
     _check_sizes(x)
     _check_losses(x)
+    check_means(x)
     reads_vectors = any(part.reads_vectors for part in x.recipe.shared_losses)
     if reads_vectors or any(arm.distils for arm in x.recipe.arms.values()) or x.recipe.teach is not None:
         teacher = x.untaught_teacher()

@@ -142,6 +142,18 @@ class Freezable(Protocol):
     def freeze(self, side: Side, inputs: Inputs) -> Inputs: ...
 
 
+@runtime_checkable
+class Recomputable(Protocol):
+    """A student that can do without most of its activations: its layers run again in the backward pass.
+
+    Gradients are those of a student that keeps them, random numbers included; running statistics of a batch norm inside
+    such a layer would move twice a step.
+    """
+
+    def recompute_activations(self) -> frozenset[Side]:
+        """From now on, in training. Gives the sides whose tower does; raises ValueError where neither can."""
+
+
 @dataclass(frozen=True)
 class Embeddings:
     """What a student's forward returns."""

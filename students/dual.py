@@ -29,6 +29,7 @@ from students.reading import (
     text_inputs,
     tower_of,
 )
+from students.recompute import recompute_layers
 from students.towers import Parts, join_towers, load_checkpoint
 
 if TYPE_CHECKING:
@@ -41,9 +42,9 @@ if TYPE_CHECKING:
 class DualEncoder(nn.Module):
     """Unit vectors for images and texts from a stock model with, where asked for, other pooling and heads.
 
-    Satisfies ``Student`` and ``Freezable``. Starts in eval mode. ``model`` holds every stock weight. SigLIP's
-    ``logit_bias`` is in it but no part of a cosine: it keeps its value. Parameters that ``forward`` never reaches are
-    set to need no gradient, so that distributed training finds none unused.
+    Satisfies ``Student``, ``Freezable`` and ``Recomputable``. Starts in eval mode. ``model`` holds every stock weight.
+    SigLIP's ``logit_bias`` is in it but no part of a cosine: it keeps its value. Parameters that ``forward`` never
+    reaches are set to need no gradient, so that distributed training finds none unused.
 
     Raises:
         ValueError: the towers cannot give what the options ask for.
@@ -245,6 +246,10 @@ class DualEncoder(nn.Module):
         return fingerprint(
             side, weights_fingerprint(own), config_state(tower.config), prepared, pooling, self.options.tokens
         )
+
+    def recompute_activations(self) -> frozenset[Side]:
+        """From now on, in training; see ``Recomputable``. Raises ValueError where no tower trains that could."""
+        return recompute_layers(self.model, frozen=self.options.freeze)
 
     def enable_attention(self, width: int) -> None:
         """Add the two small maps that ``attention_pairs`` needs. They train, and are not saved.

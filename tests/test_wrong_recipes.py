@@ -32,6 +32,8 @@ def distill(
 
 ATTENTION = "arms={plain: {losses: [{name: contrastive}]}, a: {losses: [{name: attention}]}}"
 READS_SCORES = "arms.distilled.losses=[{name: contrastive}, {name: kl}]"
+RECOMPUTES = "train.gradient_checkpointing=true"
+TOY_STUDENT = "student={kind: custom, target: 'tests.toys:ToyStudent'}"
 MAPLESS = "teacher={kind: custom, target: 'tests.toys:ToyTeacher'}"
 
 
@@ -49,6 +51,8 @@ MAPLESS = "teacher={kind: custom, target: 'tests.toys:ToyTeacher'}"
         ([ATTENTION, "train.micro_batch=8"], "train.micro_batch is 8: leave micro_batch out"),
         ([ATTENTION, "student.vision.patch_size=12"], "the teacher's image grid is (3, 3) and the student's (4, 4)"),
         ([MAPLESS], "ToyTeacher cannot be taught"),
+        ([RECOMPUTES, "student.freeze=[image, text]"], "image tower (clip_vision_model) is frozen, text tower"),
+        ([RECOMPUTES, TOY_STUDENT], "ToyStudent has no recompute_activations(): leave it out, or lower the memory by"),
         (["teacher.checkpoint=/no/such/folder", "teach=null"], "/no/such/folder"),
         (["data={source: manifest, file: /no/such.jsonl}"], "/no/such.jsonl"),
         (["data={source: karpathy, annotations: /no/such.json, images: /}"], "/no/such.json"),

@@ -61,7 +61,9 @@ class ScoreRecipe(Strict):
 class TrainRecipe(Grown):
     """One student's training. Every arm gets the same steps, seed and batches."""
 
-    later: ClassVar[frozenset[str]] = frozenset({"micro_batch", "candidates", "group", "groupings"})
+    later: ClassVar[frozenset[str]] = frozenset(
+        {"micro_batch", "candidates", "group", "groupings", "gradient_checkpointing"}
+    )
 
     steps: Count = 1200
     batch_size: Annotated[int, Field(ge=2)] = 128
@@ -98,6 +100,11 @@ class TrainRecipe(Grown):
         default=None,
         description="most images, and texts, encoded at once: less memory at the price of encoding each item twice "
         "(gradient caching); the loss still sees the whole batch",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="trained towers keep each layer's input alone and run the layer again in the backward pass: less "
+        "memory at the price of a second forward pass, the same gradients",
     )
     workers: Natural = Field(default=0, description="loader processes; 0 = in the main one")
     log_every: Count = 50

@@ -1,4 +1,4 @@
-"""Gradient caching on real towers: the gradients of one pass, at the memory of a piece."""
+"""Gradient caching and checkpointing on real towers: the gradients of one plain pass, at less memory."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ from functools import partial
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from distill.encoding import encode
 from distill.losses import Contrastive
-from distill.protocols import Embeddings, Scored
+from distill.protocols import Embeddings, Recomputable, Scored
 from distill.sampler import share_of
+from students import DualEncoder
+from students.reading import tower_of
+from tests.students.small_texts import TOWER
 
 N_IMAGES, N_TEXTS = 16, 20
 
@@ -132,6 +138,37 @@ def peak_saved_bytes(student, run) -> int:
     return peak
 
 
+def peak_bytes(run) -> int:
+    """Most bytes of tensors made while ``run`` runs that were there at one time, whoever held them."""
+    now = peak = 0
+    held: set[int] = set()
+
+    def release(key: int, size: int) -> None:
+        nonlocal now
+        now -= size
+        held.discard(key)
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal now, peak
+            made = function(*args, **(kwargs or {}))
+            given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
+            for tensor in tree_leaves(made):
+                if torch.is_tensor(tensor):
+                    storage = tensor.untyped_storage()
+                    key = storage.data_ptr()
+                    if key not in held and key not in given:
+                        held.add(key)
+                        now += storage.nbytes()
+                        peak = max(peak, now)
+                        weakref.finalize(storage, release, key, storage.nbytes())
+            return made
+
+    with Counting():
+        run()
+    return peak
+
+
 def test_a_batch_of_four_pieces_holds_a_quarter_of_the_activations(make_config, step):
     student = make_config().train()
     images, texts = step[0], {name: tensor[:16] for name, tensor in step[1].items()}
@@ -165,3 +202,78 @@ def test_maps_and_pieces_are_refused(make_config, step):
     pairs = (torch.arange(3), torch.arange(3))
     with pytest.raises(ValueError, match="leave micro_batch out"):
         gradients(make_config(), step, micro_batch=4, attention_pairs=pairs)
+
+
+@pytest.mark.parametrize("micro_batch", [None, 7])
+@pytest.mark.parametrize("family", ["clip", "siglip", "vit"])  # ViT and BERT draw dropout in every layer
+def test_recomputed_activations_give_the_same_gradients(make, step, family, micro_batch):
+    found = []
+    for recomputes in (False, True):
+        student = make(family).train()
+        calls = {"image": count_layers(student, "image"), "text": count_layers(student, "text")}
+        if recomputes:
+            assert isinstance(student, Recomputable)
+            assert student.recompute_activations() == {"image", "text"}
+        torch.manual_seed(3)
+        found.append((*gradients(student, step, micro_batch=micro_batch), torch.get_rng_state()))
+        again = 1 if micro_batch is None else 6  # 20 texts in 3 pieces, each encoded twice
+        for side in calls:
+            assert len(calls[side]) == again + (recomputes and again // (1 if micro_batch is None else 2))
+    (loss, kept, after), (recomputed_loss, recomputed, recomputed_after) = found
+    assert recomputed_loss == loss
+    assert torch.equal(after, recomputed_after)
+    assert recomputed.keys() == kept.keys()
+    for name, gradient in kept.items():
+        torch.testing.assert_close(recomputed[name], gradient, rtol=0, atol=1e-6, msg=name)
+    assert max(gradient.abs().max() for gradient in kept.values()) > 0.01  # else 1e-6 says nothing
+
+
+def count_layers(student, side):
+    """A list that grows by one each time the side's first layer runs."""
+    calls = []
+    tower = tower_of(student.model, side)
+    layer = next(module for module in tower.modules() if isinstance(module, GradientCheckpointingLayer))
+    for module in layer.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.register_forward_hook(lambda *_: calls.append(1))
+            return calls
+    raise AssertionError("a layer without a norm")
+
+
+def test_recomputing_a_deep_tower_holds_a_fraction_of_the_activations(tokenizer, step):
+    def peaks(*, recomputes):
+        torch.manual_seed(0)
+        deep = {**TOWER, "num_hidden_layers": 12}
+        student = DualEncoder.from_config(
+            vision={**deep, "patch_size": 8},
+            text={**deep, "max_position_embeddings": 16},
+            projection_dim=24,
+            tokenizer=tokenizer,
+            image_size=32,
+        ).train()
+        if recomputes:
+            student.recompute_activations()
+        gradients(student, step)  # so that the gradients are there already
+        run = partial(gradients, student, step)
+        return peak_saved_bytes(student, run), peak_bytes(run)
+
+    (saved, held), (saved_again, held_again) = peaks(recomputes=False), peaks(recomputes=True)
+    assert held > 5_000_000
+    assert saved_again < 0.2 * saved
+    assert held_again < 0.25 * held  # with the activations of one layer, while it is run again
+
+
+def test_towers_that_train_and_can_are_recomputed(make, step):
+    half = make("mobilenet")
+    assert half.recompute_activations() == {"text"}
+    frozen = make("clip", freeze={"text"}).train()
+    calls = count_layers(frozen, "text")
+    assert frozen.recompute_activations() == {"image"}
+    gradients(frozen, step)
+    assert len(calls) == 1
+    for student, words in (
+        (make("mobilenet", freeze={"text"}), r"image tower \(mobilenet_v2\) cannot, text tower \(bert\) is frozen"),
+        (make("clip", freeze={"image", "text"}), "image tower .* is frozen, text tower .* is frozen"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            student.recompute_activations()

@@ -1,0 +1,39 @@
+"""By which means a training computes, and whether they are there: recomputed activations."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from distill.experiment import ExperimentError
+from distill.protocols import SIDES, Recomputable
+
+if TYPE_CHECKING:
+    from distill.experiment import Experiment
+
+log = logging.getLogger(__name__)
+
+
+def check_means(x: Experiment) -> None:
+    """Refuse what the student or the machine cannot do.
+
+    Raises:
+        ExperimentError: what is asked for, why it cannot be, and what to do instead.
+    """
+    if x.recipe.train.gradient_checkpointing:
+        _check_recomputing(x)
+
+
+def _check_recomputing(x: Experiment) -> None:
+    student, instead = x.builders.student(x.corpus), "leave it out, or lower the memory by train.micro_batch"
+    if not isinstance(student, Recomputable):
+        raise ExperimentError(
+            f"train.gradient_checkpointing: {type(student).__name__} has no recompute_activations(): {instead}"
+        )
+    try:
+        sides = student.recompute_activations()
+    except ValueError as error:
+        raise ExperimentError(f"train.gradient_checkpointing: {error}; {instead}") from None
+    for side in SIDES:
+        does = "computes its activations anew in the backward pass" if side in sides else "is frozen or cannot do so"
+        log.info("gradient checkpointing: the %s tower %s", side, does)
