@@ -131,12 +131,15 @@ def train(
         "randoms": randoms,
     }
     done = latest_checkpoint(checkpoints)
-    start = _restore([done, start_from], accelerator.unwrap_model(model), optimizer, phase, others)
+    plain = accelerator.unwrap_model(model)
+    start = _restore([done, start_from], plain, optimizer, phase, others)
     meter.begin(start)
     if start == 0:
         # whatever was computed before, the first step finds the same random state, each process its own
         set_seed(settings.seed, device_specific=True)
     batches = replace(phase.batches, share=(ranks.index, ranks.count))
+    weights = list(model.parameters())
+    model.train()  # once, as ``weights`` and ``plain``: a walk through all modules in every step is not free
     with (
         stopping.finishing(),
         reproducible(accelerator.device),
@@ -145,8 +148,7 @@ def train(
         for batch, waited in _load(batches, start, phase.stop, settings.workers):
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr_at(batch.step)
-            model.train()
-            companion.begin_step(accelerator.unwrap_model(model))
+            companion.begin_step(plain)
             with _memory_advice(batch, settings, ranks.count):
                 loss = _step_loss(
                     model,
@@ -160,7 +162,7 @@ def train(
                 )
                 accelerator.backward(loss.total)
                 loss.encoded.finish()
-            norm = accelerator.clip_grad_norm_(model.parameters(), settings.grad_clip)
+            norm = accelerator.clip_grad_norm_(weights, settings.grad_clip)
             _check_gradient(norm, batch, accelerator)
             companion.step(settings.lr_at(batch.step) / settings.lr, accelerator.scaler)  # before fp16's scale changes
             prepared.step()
@@ -178,7 +180,7 @@ def train(
                     save_checkpoint(
                         checkpoints,
                         step=finished,
-                        model=accelerator.unwrap_model(model),
+                        model=plain,
                         optimizer=optimizer,
                         meaning=phase.meaning,
                         others=others,
