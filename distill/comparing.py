@@ -213,8 +213,12 @@ def _same(plan: Plan) -> dict[str, str]:
         "steps": f"{train.steps}, {train.shared:.0%} of them shared by all arms ({epochs:.1f} epochs in all)",
         "batch": f"{train.batch_size} labelled pairs, in an order drawn from the seed",
         "learning rate": f"{train.lr:g}, warm-up {train.warmup:.0%}, cosine to 0; weight decay {train.weight_decay:g}",
-        "candidates": f"{mined.k} a query in each direction, mined by the student of the shared steps, "
-        f"{train.candidates_per_query} drawn a step",
+        "candidates": f"{mined.k} a query in each direction, mined by the student of the shared steps; "
+        + {
+            "encode": f"{train.candidates_per_query} drawn a step",
+            "memory": f"{train.candidates_per_query} drawn a step, with the vectors that they were mined by",
+            "in_batch": f"batches are made of groups of {train.group} neighbours, scored among themselves",
+        }[train.candidates],
         "rounds": str(len(stretches(x)) - 1),
         "initial weights": "those of the seed",
     }
