@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING
 
 from distill.durable import exclusively, write_atomically
 from distill.pipeline import DONE, SHARED
+from distill.timings import RSS_UNIT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 log = logging.getLogger(__name__)
-_RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
 _REASON_LINES = 12
 
 
@@ -203,7 +203,7 @@ class _Crew:
             process.returncode = os.waitstatus_to_exitcode(status)  # it was waited for here, not by subprocess
             with self._lock:
                 self._at_work.discard(process)
-        return process.returncode, used.ru_maxrss * _RSS_UNIT
+        return process.returncode, used.ru_maxrss * RSS_UNIT
 
 
 def _last_words(job: Job, code: int) -> str:

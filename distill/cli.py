@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -15,8 +16,11 @@ from distill import compare_commands, doctor_commands, stopping, store_commands
 from distill.progress import is_main_process
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from distill.experiment import Experiment
     from distill.recipe.experiment import Recipe
+    from distill.timings import Timings
 
 app = typer.Typer(
     add_completion=False,
@@ -29,28 +33,42 @@ Overrides = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a value, e.g. --set train.lr=1e-4")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="go on with a run that was stopped")]
+Profile = Annotated[
+    str,
+    typer.Option(
+        "--profile", metavar="START:COUNT", help="trace COUNT steps of every training, after its first START here"
+    ),
+]
 
 
 @app.command()
-def run(recipe: RecipeName, overrides: Overrides = [], resume: Resume = False) -> None:  # noqa: B006  (typer copies it)
+def run(
+    recipe: RecipeName,
+    overrides: Overrides = [],  # noqa: B006  (typer copies it)
+    resume: Resume = False,
+    profile: Profile = "",
+) -> None:
     """The whole job: teach if need be, mine, score, train every arm, evaluate, compare."""
     from distill.results import finish
 
-    finish(_begin(recipe, overrides, resume=resume))
+    x = _begin(recipe, overrides, resume=resume, profile=profile)
+    with _timed(x):
+        finish(x)
 
 
 @app.command()
-def teach(recipe: RecipeName, overrides: Overrides = []) -> None:  # noqa: B006
+def teach(recipe: RecipeName, overrides: Overrides = [], profile: Profile = "") -> None:  # noqa: B006
     """Train or fine-tune the teacher, and evaluate it by re-ranking its own shortlist on val."""
     from distill.pipeline import taught_teacher
     from distill.results import report_teacher
 
-    x = _open(recipe, overrides)
+    x = _open(recipe, overrides, profile=profile)
     if x.recipe.teach is None:
         raise typer.BadParameter(f"{recipe} has no teach: section, so there is nothing to teach")
-    folder = taught_teacher(x)
-    report_teacher(x, split="val" if "val" in x.corpus.splits else x.recipe.evaluate.split)
-    typer.echo(f"teacher: {folder}")
+    with _timed(x):
+        folder = taught_teacher(x)
+        report_teacher(x, split="val" if "val" in x.corpus.splits else x.recipe.evaluate.split)
+        typer.echo(f"teacher: {folder}")
 
 
 @app.command()
@@ -66,9 +84,11 @@ def mine(recipe: RecipeName, overrides: Overrides = []) -> None:  # noqa: B006
     """The shared steps, then the first round's hard candidates."""
     from distill.pipeline import first_candidates
 
-    for direction, found in first_candidates(_begin(recipe, overrides, resume=True)).items():
-        there = int((found.item_ids >= 0).sum())
-        typer.echo(f"{direction}: {there} candidates for {len(found.query_ids)} queries")
+    x = _begin(recipe, overrides, resume=True)
+    with _timed(x):
+        for direction, found in first_candidates(x).items():
+            there = int((found.item_ids >= 0).sum())
+            typer.echo(f"{direction}: {there} candidates for {len(found.query_ids)} queries")
 
 
 @app.command()
@@ -77,8 +97,9 @@ def score(recipe: RecipeName, overrides: Overrides = []) -> None:  # noqa: B006
     from distill.pipeline import first_scores
 
     x = _begin(recipe, overrides, resume=True)
-    known = first_scores(x)
-    typer.echo(f"{len(known.keys)} pairs scored by {x.scorer.score_kind}; store: {x.scorer.where}")
+    with _timed(x):
+        known = first_scores(x)
+        typer.echo(f"{len(known.keys)} pairs scored by {x.scorer.score_kind}; store: {x.scorer.where}")
 
 
 @app.command()
@@ -87,15 +108,17 @@ def train(
     arm: Annotated[str, typer.Option("--arm", help="which of the recipe's arms; all when absent")] = "",
     overrides: Overrides = [],  # noqa: B006
     resume: Resume = False,
+    profile: Profile = "",
 ) -> None:
     """Train one arm or all, with what has to come before."""
     from distill.pipeline import trained_arm
 
-    x = _begin(recipe, overrides, resume=resume)
+    x = _begin(recipe, overrides, resume=resume, profile=profile)
     if arm and arm not in x.recipe.arms:
         raise typer.BadParameter(f"no arm {arm!r}; the recipe has {', '.join(x.recipe.arms)}", param_hint="--arm")
-    for name in [arm] if arm else list(x.recipe.arms):
-        typer.echo(f"{name}: {trained_arm(x, name)}")
+    with _timed(x):
+        for name in [arm] if arm else list(x.recipe.arms):
+            typer.echo(f"{name}: {trained_arm(x, name)}")
 
 
 @app.command()
@@ -109,7 +132,8 @@ def evaluate(recipe: RecipeName, overrides: Overrides = []) -> None:  # noqa: B0
         raise typer.BadParameter(
             f"{x.folder} lacks a trained student for {', '.join(missing)}: distill train {recipe} first"
         )
-    finish(x)
+    with _timed(x):
+        finish(x)
 
 
 @app.command()
@@ -205,20 +229,28 @@ def _end(code: int) -> NoReturn:
     raise SystemExit(code) from None
 
 
-def _open(name: str, overrides: list[str]) -> Experiment:
+def _open(name: str, overrides: list[str], *, profile: str = "") -> Experiment:
     """The experiment of a recipe, nothing made yet."""
     from distill.recipe.load import load_recipe
+    from distill.timings import Timings
 
-    _quieten_libraries()
-    return _experiment(load_recipe(name, overrides))
+    timings = Timings()
+    with timings.stage("start"):
+        _quieten_libraries()
+        x = _experiment(load_recipe(name, overrides), timings)
+        if profile:
+            from distill.profiling import Profiler, Window
+
+            x.profiler = Profiler(Window.parse(profile))
+    return x
 
 
-def _experiment(recipe: Recipe) -> Experiment:
+def _experiment(recipe: Recipe, timings: Timings | None = None) -> Experiment:
     from distill.experiment import Experiment
     from distill.pipeline import taught_teacher
     from distill.recipe.build import builders
 
-    return Experiment(recipe, builders(recipe), taught=taught_teacher)
+    return Experiment(recipe, builders(recipe), taught=taught_teacher, timings=timings)
 
 
 def _recipe_of(run: Path) -> Path:
@@ -228,14 +260,35 @@ def _recipe_of(run: Path) -> Path:
     return found
 
 
-def _begin(name: str, overrides: list[str], *, resume: bool) -> Experiment:
+def _begin(name: str, overrides: list[str], *, resume: bool, profile: str = "") -> Experiment:
     """The experiment of a recipe, checked as far as can be before any work, with its run folder claimed."""
     from distill.preflight import check, claim
 
-    x = _open(name, overrides)
-    check(x)
+    x = _open(name, overrides, profile=profile)
+    x.corpus  # noqa: B018  (read before the check that reads it, so that each has its own time)
+    with x.timings.stage("check"):
+        check(x)
     x.ranks.work_alone(lambda: claim(x, resume=resume))
     return x
+
+
+@contextmanager
+def _timed(x: Experiment) -> Iterator[None]:
+    """Work on an experiment: where its time goes is kept in the run's folder, and shown at the end."""
+    from distill.tracking import trackers_of
+
+    facts = {"name": x.recipe.name, "seed": x.recipe.seed}
+    with (
+        x.timings.kept_in(x.folder) if x.ranks.first else nullcontext(),
+        trackers_of(x.accelerator, x.folder, config=facts),
+    ):
+        yield
+    if x.profiler is not None and x.profiler.window is not None and not x.profiler.trainings and x.ranks.first:
+        typer.echo(f"--profile {x.profiler.window}: nothing was left to train, so nothing is recorded", err=True)
+    if x.ranks.first:
+        from distill.report.time_table import show_time
+
+        show_time(x.folder, name=x.recipe.name)
 
 
 def _quieten_libraries() -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill.protocols import Ids, Inputs, Side
 from distill.recipe.experiment import Recipe
+from distill.timings import Timings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from distill.false_negatives import Likeness
     from distill.features import Features
     from distill.losses.combine import Weighted
+    from distill.profiling import Profiler
     from distill.ranks import Ranks
     from distill.scorer import Scorer, TeacherScorer
     from distill.store import ScoreStore
@@ -67,19 +69,36 @@ class PooledOnly:
 class Experiment:
     """A recipe, its run folder, and the parts, each made once."""
 
-    def __init__(self, recipe: Recipe, builders: Builders, *, taught: Callable[[Experiment], Path]) -> None:
-        """``taught`` gives the folder of the taught teacher, teaching it first where that has not been done."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        builders: Builders,
+        *,
+        taught: Callable[[Experiment], Path],
+        timings: Timings | None = None,
+    ) -> None:
+        """The parts are made when first asked for.
+
+        Args:
+            recipe: what to make.
+            builders: how its parts are made.
+            taught: gives the folder of the taught teacher, teaching it first where that has not been done.
+            timings: the session's clock, where it has begun before.
+        """
         self.recipe, self.builders, self._taught = recipe, builders, taught
         self.folder, self.cache = recipe.folder, recipe.cache
+        self.timings = timings or Timings()
+        self.profiler: Profiler | None = None  # what looks into its trainings, where that was asked for
 
     @cached_property
     def corpus(self) -> Corpus:
         """The corpus, checked."""
-        return self.builders.corpus()
+        with self.timings.stage("read data"):
+            return self.builders.corpus()
 
     @cached_property
     def accelerator(self) -> Accelerator:
-        """Device, precision and trackers."""
+        """Device and precision; ``tracking.trackers_of`` opens its trackers."""
         import torch
         from accelerate import Accelerator, InitProcessGroupKwargs
 
@@ -97,8 +116,6 @@ class Experiment:
                 f"a launcher started {launched} processes, but {made.num_processes} found one another: start them with "
                 "accelerate launch or torchrun on machines that reach each other, or run without a launcher"
             )
-        if train.trackers:
-            made.init_trackers("cross2dual", config={"name": self.recipe.name, "seed": self.recipe.seed})
         return made
 
     @cached_property
@@ -150,7 +167,9 @@ class Experiment:
         from distill.towers import write_towers
 
         split = self.corpus.split("train")
-        return write_towers(self.cache / "vectors", self.scorer, split.ids, self.corpus)
+        scorer = self.scorer  # taught first, where it has to be
+        with self.timings.stage("embed"):
+            return write_towers(self.cache / "vectors", scorer, split.ids, self.corpus)
 
     def _loaded(self, load: Callable[[Corpus], Any]) -> TeacherScorer:
         return self._scorer_of(self._frozen(load(self.corpus)))
@@ -187,6 +206,7 @@ class Experiment:
             self.recipe.evaluate.batch_size,
             self.accelerator.device,
             self.ranks,
+            self.timings,
         )
 
     def fresh_student(self) -> Any:
@@ -213,14 +233,15 @@ class Experiment:
         from distill.embed import item_source
         from distill.features import Features
 
-        made = item_source(
-            self.corpus,
-            side,
-            model,
-            self.cache,
-            batch_size=PREPARED_AT_ONCE[side],
-            prepared_budget_bytes=int(self.recipe.prepared_gib * 2**30),
-        )
+        with self.timings.stage("prepare"):
+            made = item_source(
+                self.corpus,
+                side,
+                model,
+                self.cache,
+                batch_size=PREPARED_AT_ONCE[side],
+                prepared_budget_bytes=int(self.recipe.prepared_gib * 2**30),
+            )
         if not tokens and isinstance(made, Features) and "pooled" in made.fields:
             return PooledOnly(made)
         return made
@@ -229,15 +250,18 @@ class Experiment:
         """Unit vectors (N, D) of corpus rows; each process embeds its share and has all."""
         from distill.embed import embed
 
-        own = embed(
-            student,
-            self.source(student, side),
-            rows[self.ranks.share(len(rows))],
-            side,
-            batch_size=self.recipe.evaluate.batch_size,
-            device=self.accelerator.device,
-        )
-        return self.ranks.joined_array(own, len(rows))
+        source = self.source(student, side)
+        with self.timings.stage("embed"):
+            self.timings.count(items=len(rows))
+            own = embed(
+                student,
+                source,
+                rows[self.ranks.share(len(rows))],
+                side,
+                batch_size=self.recipe.evaluate.batch_size,
+                device=self.accelerator.device,
+            )
+            return self.ranks.joined_array(own, len(rows))
 
     @property
     def store(self) -> ScoreStore:
@@ -254,7 +278,9 @@ class Experiment:
 
     def ask(self, image_ids: Ids, text_ids: Ids) -> np.ndarray[Any, np.dtype[np.float32]]:
         """The scores (P,) of pairs, by the teacher or the ensemble; only what no store holds is computed."""
-        return self.scorer.ask(image_ids, text_ids)
+        scorer = self.scorer  # taught first, where it has to be
+        with self.timings.stage("score"):
+            return scorer.ask(image_ids, text_ids)
 
     @cached_property
     def likeness(self) -> Likeness:

@@ -24,11 +24,11 @@ class Meter:
         self._path, self._log_every = path, log_every
         self._clear()
 
-    def begin(self, step: int) -> None:
-        """Lines of later steps go: these are run again. The clock starts."""
-        if self._path is not None:
-            _drop_lines_from(self._path, step)
+    def begin(self, step: int) -> int:
+        """Lines of later steps go: these are run again. The clock starts. Returns the last step that a line went of."""
+        lost = _drop_lines_from(self._path, step) if self._path is not None else 0
         self._began = time.perf_counter()
+        return lost
 
     def _clear(self) -> None:
         self._began, self._waited, self._items, self._steps = time.perf_counter(), 0.0, 0, 0
@@ -80,15 +80,22 @@ class Meter:
         return line
 
 
-def _drop_lines_from(path: Path, start: int) -> None:
-    """After a resume the steps since the checkpoint are run again: their old lines go, so that none stands twice."""
+def _drop_lines_from(path: Path, start: int) -> int:
+    """After a resume the steps since the checkpoint are run again: their old lines go, so that none stands twice.
+
+    Returns the last of these steps, 0 where no line went.
+    """
     if not path.exists():
-        return
-    kept = []
+        return 0
+    kept, lost = [], 0
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= start:
-                kept.append(line)
+            step = json.loads(line)["step"]
         except ValueError:  # the line that a kill cut short
             continue
+        if step <= start:
+            kept.append(line)
+        else:
+            lost = max(lost, step)
     path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    return lost

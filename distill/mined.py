@@ -124,8 +124,13 @@ def candidates(x: Experiment, of: Round, *, student: Any, before: Round | None =
         ValueError: such an index finds less of the true candidates than ``mine.recall_floor``.
     """
     found = kept(of)
-    if found is not None:
-        return found
+    if found is None:
+        with x.timings.stage("mine"):
+            found = _mined_anew(x, of, student, before)
+    return found
+
+
+def _mined_anew(x: Experiment, of: Round, student: Any, before: Round | None) -> Both:
     rows = x.corpus.split("train").ids
     vectors = {side: x.embed(student, side, rows[side]) for side in SIDES}
     if x.recipe.train.candidates == "memory":

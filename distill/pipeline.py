@@ -40,7 +40,8 @@ DONE = "done.json"
 
 def taught_teacher(x: Experiment) -> Path:
     """Folder of the taught teacher; where that has not been done, one process teaches it."""
-    x.ranks.work_alone(lambda: _teach(x))
+    with x.timings.stage("teach"):
+        x.ranks.work_alone(lambda: _teach(x))
     return x.folder / "teacher"
 
 
@@ -71,7 +72,16 @@ def _teach(x: Experiment) -> None:
         x.corpus.matches,
     )
     work.mkdir(parents=True, exist_ok=True)
-    teach(teacher, batches, x.teach_settings(), folder=work, accelerator=x.accelerator, meaning=meaning)
+    teach(
+        teacher,
+        batches,
+        x.teach_settings(),
+        folder=work,
+        accelerator=x.accelerator,
+        meaning=meaning,
+        timings=x.timings,
+        profiler=x.profiler,
+    )
     with staged_folder(folder) as staged:
         teacher.save_pretrained(staged)
         (staged / DONE).write_text(json.dumps({"meaning": meaning}))
@@ -109,8 +119,6 @@ def stretches(x: Experiment) -> list[Stretch]:
 
 def shared_checkpoint(x: Experiment) -> Path | None:
     """Checkpoint after the steps that all arms share; None when there are none."""
-    from distill.train import train
-
     stretch = stretches(x)[0]
     if stretch.stop == 0:
         return None
@@ -118,15 +126,12 @@ def shared_checkpoint(x: Experiment) -> Path | None:
     student = x.fresh_student()
     losses = x.builders.losses(x.recipe.shared_losses)
     phase = _phase(x, student, losses, stretch, folder=folder, recipe_of_losses=x.recipe.shared_losses)
-    return _unless_done(folder, stretch) or train(
-        student, phase, x.train_settings(), folder=folder, accelerator=x.accelerator
-    )
+    return _unless_done(folder, stretch) or _train(x, student, phase, folder)
 
 
 def trained_arm(x: Experiment, name: str) -> Path:
     """Folder of an arm's trained student."""
     from distill.checkpoint import load_weights
-    from distill.train import train
 
     arm, folder = x.recipe.arms[name], x.folder / "arms" / name
     final = folder / "student"
@@ -154,14 +159,28 @@ def trained_arm(x: Experiment, name: str) -> Path:
                 found=found,
                 scores=arm.reads_scores,
             )
-            reached = train(
-                student, phase, x.train_settings(), folder=folder, accelerator=x.accelerator, start_from=checkpoint
-            )
+            reached = _train(x, student, phase, folder, start_from=checkpoint)
         checkpoint = reached
     assert checkpoint is not None
     load_weights(checkpoint, student)
     x.ranks.work_alone(lambda: _save_student(student, final, name))
     return final
+
+
+def _train(x: Experiment, student: Any, phase: Phase, folder: Path, start_from: Path | None = None) -> Path:
+    from distill.train import train
+
+    with x.timings.stage(f"train {folder.name}"):
+        return train(
+            student,
+            phase,
+            x.train_settings(),
+            folder=folder,
+            accelerator=x.accelerator,
+            start_from=start_from,
+            timings=x.timings,
+            profiler=x.profiler,
+        )
 
 
 def _save_student(student: Any, final: Path, arm: str) -> None:

@@ -36,6 +36,7 @@ def check(x: Experiment) -> None:
         PreflightError: with the value, the limit and what to change.
         ExperimentError: a means of training that is not there.
     """
+    _check_trackers(x)
     _check_sizes(x)
     _check_losses(x)
     check_means(x)
@@ -51,6 +52,15 @@ def check(x: Experiment) -> None:
         if x.recipe.needs_maps:
             _check_maps(x, teacher)
         _check_towers(x, teacher)
+
+
+def _check_trackers(x: Experiment) -> None:
+    from accelerate.tracking import get_available_trackers
+
+    missing = set(x.recipe.train.trackers) - {str(name) for name in get_available_trackers()}
+    if missing:  # accelerate passes over them in silence
+        names = " and ".join(sorted(missing))
+        raise PreflightError(f"train.trackers: {names} cannot be imported: pip install {names}, or leave it out")
 
 
 def _check_sizes(x: Experiment) -> None:

@@ -49,13 +49,15 @@ def _results(x: Experiment, students: Mapping[str, Path]) -> dict[str, dict[str,
     from distill.report.table import results_table
 
     split = x.corpus.split(x.recipe.evaluate.split)
-    evaluations = {TEACHER: evaluate_teacher(x, split, fallback=next(iter(students.values())))}
+    x.scorer  # noqa: B018  (made, or taught, before the evaluation's time is taken)
     vectors: dict[str, dict[Side, Vectors]] = {}
-    for name, folder in students.items():
-        vectors[name] = _embed_student(x, folder, split)
-        evaluations[name] = evaluate(x, vectors[name], split)
-    for name, evaluation in evaluations.items():
-        evaluation.save(x.folder / "evaluation" / name)
+    with x.timings.stage("evaluate"):
+        evaluations = {TEACHER: evaluate_teacher(x, split, fallback=next(iter(students.values())))}
+        for name, folder in students.items():
+            vectors[name] = _embed_student(x, folder, split)
+            evaluations[name] = evaluate(x, vectors[name], split)
+        for name, evaluation in evaluations.items():
+            evaluation.save(x.folder / "evaluation" / name)
     summary = {name: evaluation.retrieval.as_dict() for name, evaluation in evaluations.items()}
     text = json.dumps(summary, indent=2) + "\n"
     write_atomically(x.folder / "summary.json", lambda file: file.write(text.encode()))
@@ -63,9 +65,8 @@ def _results(x: Experiment, students: Mapping[str, Path]) -> dict[str, dict[str,
     _report_gap(summary)
     sheet = x.folder / "retrieval.png"
     ranks = {name: evaluation.t2i_ranks for name, evaluation in evaluations.items()}
-    write_retrieval_sheet(x, split, vectors, ranks, sheet)
-    if x.recipe.train.trackers:
-        x.accelerator.end_training()
+    with x.timings.stage("report"):
+        write_retrieval_sheet(x, split, vectors, ranks, sheet)
     log.info("summary: %s, pictures: %s", x.folder / "summary.json", sheet)
     return summary
 
@@ -86,7 +87,8 @@ def rerank_shortlists(
 
     rows = split.ids
     try:
-        first = x.scorer.vectors(rows)
+        with x.timings.stage("embed"):
+            first = x.scorer.vectors(rows)
         whose = "the teacher's contrastive head"
     except NoContrastiveHeadError:
         if fallback is None:
@@ -106,7 +108,8 @@ def report_teacher(x: Experiment, *, split: str) -> None:
     """Evaluate the teacher on a split and show it."""
     from distill.report.table import results_table
 
-    found = evaluate_teacher(x, x.corpus.split(split))
+    with x.timings.stage("evaluate"):
+        found = evaluate_teacher(x, x.corpus.split(split))
     found.save(x.folder / "evaluation" / f"{TEACHER}-{split}")
     results_table(
         {TEACHER: found.retrieval.as_dict()}, title=f"{x.recipe.name}: teacher re-ranking, {split} split, percent"

@@ -83,10 +83,12 @@ def score_pairs(
     image_source: Callable[[Ids], Inputs],
     text_source: Callable[[Ids], Inputs],
     options: ScoreOptions | None = None,
+    kept: Callable[[int], object] = lambda pairs: None,
 ) -> ScoreReport:
     """Put a score of every pair (image_ids[p], text_ids[p]) into the store; pairs with an id of -1 are passed over.
 
-    A pair given twice, or there already, is not asked. What is finished is kept whenever the process ends.
+    A pair given twice, or there already, is not asked. What is finished is kept whenever the process ends, and ``kept``
+    is told how many pairs a finished unit has.
 
     Raises:
         NonFiniteScoresError: naming the pairs; their unit is not kept, earlier ones are.
@@ -118,6 +120,7 @@ def score_pairs(
                 for unit, scores in zip(units, scored, strict=True):
                     store.write_unit(images[unit], texts[unit], scores)
                     progress.advance(len(scores))
+                    kept(len(scores))
                     stopping.heed()
     report = ScoreReport(len(images), served, time.monotonic() - started)
     _LOG.info("teacher: %d pairs asked, %d served from the store", report.asked, report.served_from_store)

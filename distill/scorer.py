@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
+
+from distill.timings import Timings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -78,6 +80,7 @@ class TeacherScorer:
     batch_size: int  # of embedding
     device: torch.device
     ranks: Ranks  # each asks for its share of the pairs
+    timings: Timings = field(default_factory=Timings)  # told of pairs asked, and served from the store
 
     @property
     def identity(self) -> str:
@@ -99,7 +102,7 @@ class TeacherScorer:
         from distill.score import score_pairs
 
         self.ranks.wait()  # nobody asks while another still counts what is there
-        score_pairs(
+        report = score_pairs(
             self.teacher,
             self.store,
             image_ids,
@@ -107,9 +110,14 @@ class TeacherScorer:
             image_source=self.source("image"),
             text_source=self.source("text"),
             options=replace(self.options, shard=(self.ranks.index, self.ranks.count)),
+            kept=lambda pairs: self.timings.count(asked=pairs),
+        )
+        reports = self.ranks.told_by_all(report)
+        self.timings.count(
+            asked=sum(each.asked for each in reports) - report.asked,  # the others'
+            served=sum(each.served_from_store for each in reports),
         )
         if self.ranks.count > 1:  # the others' units are news to this store
-            self.ranks.wait()
             self.store.refresh()
         return self.store.require(image_ids, text_ids)
 

@@ -28,10 +28,12 @@ from accelerate.utils import set_seed
 from distill import stopping
 from distill.batches import Batches, StepBatch
 from distill.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from distill.inference import reproducible
+from distill.inference import reproducible, to_device
 from distill.losses.contrastive import Contrastive
+from distill.profiling import UNPROFILED, Profiler, traced
 from distill.progress import Progress
 from distill.protocols import Scored, TeachableTeacher
+from distill.timings import Timings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -80,6 +82,8 @@ def teach(
     folder: Path,
     accelerator: Accelerator,
     meaning: str,
+    timings: Timings | None = None,
+    profiler: Profiler | None = None,
 ) -> None:
     """Train a teacher in place; goes on from the newest checkpoint in ``folder/checkpoints``.
 
@@ -90,11 +94,13 @@ def teach(
         folder: for checkpoints and ``metrics.jsonl``.
         accelerator: one process.
         meaning: fingerprint of all that decides the result.
+        timings: told what the stage in hand spends on waiting for data and on checkpoints, and what it gets through.
+        profiler: records a window of the steps, if it has one.
 
     Raises:
         TeachingError: the loss is not finite, or the teacher ends where it began (it answers by chance).
     """
-    optimizer = _make_optimizer(teacher, settings)
+    timings, optimizer = timings or Timings(), _make_optimizer(teacher, settings)
     base_lrs = [group["lr"] for group in optimizer.param_groups]
     # one process teaches, whatever their number: the model is cast and placed, not spread over them
     teacher = accelerator.prepare_model(teacher, evaluation_mode=True)
@@ -112,13 +118,17 @@ def teach(
         stopping.finishing(),
         reproducible(accelerator.device),
         Progress(settings.steps - start, "teach", unit="steps") as bar,
+        (profiler or UNPROFILED).over(folder, start) as step_done,
     ):
         for step in range(start, settings.steps):
-            batch = batches[step]
+            asked = time.perf_counter()
+            with traced("wait for data"):
+                batch = batches[step]
+            timings.spent("waiting for data", time.perf_counter() - asked)
             for group, lr in zip(optimizer.param_groups, base_lrs, strict=True):
                 group["lr"] = lr * settings.factor_at(step)
             model.train()
-            with accelerator.autocast():
+            with traced("loss"), accelerator.autocast():
                 encoded = _encode(model, batch, accelerator.device)
                 itc = _contrastive(encoded.cosine, encoded.positive, model.scale)
                 pair, right = pair_loss(model, encoded, batch.step, settings)
@@ -127,20 +137,26 @@ def teach(
                 raise TeachingError(
                     f"step {step}: contrastive loss {itc.item()}, pair loss {pair.item()}; lower teach.lr"
                 )
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), settings.grad_clip)
-            prepared.step()
-            prepared.zero_grad()
+            with traced("backward"):
+                accelerator.backward(loss)
+            with traced("clip"):
+                accelerator.clip_grad_norm_(model.parameters(), settings.grad_clip)
+            with traced("optimizer"):
+                prepared.step()
+                prepared.zero_grad()
             accuracy += (right - accuracy) * 0.02  # running mean over about the last 50 steps
             bar.advance(1)
+            timings.count(steps=1, items=len(batch.image_ids) + len(batch.text_ids))
             if (step + 1) % settings.log_every == 0:
                 rate = (step + 1 - since) / (time.perf_counter() - began)
                 _log_line(folder, step + 1, itc=itc.item(), pair=pair.item(), accuracy=accuracy, steps_per_second=rate)
             if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps or stopping.told():
-                save_checkpoint(
-                    folder / "checkpoints", step=step + 1, model=model, optimizer=optimizer, meaning=meaning
-                )
+                with traced("checkpoint"), timings.stage("checkpoint"):
+                    save_checkpoint(
+                        folder / "checkpoints", step=step + 1, model=model, optimizer=optimizer, meaning=meaning
+                    )
                 stopping.heed()
+            step_done()
     model.eval()
     if settings.steps - start >= 200 and accuracy < 0.55:
         raise TeachingError(
@@ -172,8 +188,10 @@ class _Encoded:
 
 
 def _encode(model: Any, batch: StepBatch, device: torch.device) -> _Encoded:
-    images = model.encode_images({name: tensor.to(device) for name, tensor in batch.images.items()})
-    texts = model.encode_texts({name: tensor.to(device) for name, tensor in batch.texts.items()})
+    with traced("to device"):
+        image_inputs, text_inputs = to_device(batch.images, device), to_device(batch.texts, device)
+    with traced("encode"):
+        images, texts = model.encode_images(image_inputs), model.encode_texts(text_inputs)
     cosine = images["embedding"].float() @ texts["embedding"].float().T
     positive = batch.grids["i2t"].positive.to(device)  # every image and text of a teaching step is a query
     image_rows, text_rows = (rows.to(device) for rows in batch.pairs)

@@ -27,10 +27,13 @@ from distill.extras import extras_of_direction, extras_of_step
 from distill.inference import reproducible, to_device
 from distill.losses.combine import NonFiniteLossError, Weighted
 from distill.meter import Meter
+from distill.profiling import UNPROFILED, Profiler, traced
 from distill.progress import Progress
 from distill.protocols import SIDES, Direction, Embeddings, Scored
 from distill.ranks import RandomStates, Ranks
 from distill.slow_copy import MomentumSettings
+from distill.timings import Timings
+from distill.tracking import Tracking
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +103,8 @@ def train(
     folder: Path,
     accelerator: Accelerator,
     start_from: Path | None = None,
+    timings: Timings | None = None,
+    profiler: Profiler | None = None,
 ) -> Path:
     """Train up to ``phase.stop`` and return the last checkpoint.
 
@@ -113,11 +118,13 @@ def train(
         folder: checkpoints go to ``folder/checkpoints``, one line a log step to ``folder/metrics.jsonl``.
         accelerator: places the tensors, casts, tracks, and knows the other processes.
         start_from: checkpoint of the phase before.
+        timings: told what the stage in hand spends on waiting for data and on checkpoints, and what it gets through.
+        profiler: records a window of the steps, if it has one.
 
     Raises:
         TrainingError: a loss, embedding or teacher score is not finite; the message names the ids.
     """
-    ranks = Ranks(accelerator)
+    ranks, timings = Ranks(accelerator), timings or Timings()
     checkpoints = folder / "checkpoints"
     optimizer = make_optimizer(student, settings)
     companion = Companion(student, phase.losses.needs, phase.momentum)
@@ -133,7 +140,7 @@ def train(
     done = latest_checkpoint(checkpoints)
     plain = accelerator.unwrap_model(model)
     start = _restore([done, start_from], plain, optimizer, phase, others)
-    meter.begin(start)
+    tracking = Tracking(accelerator, folder, lost=meter.begin(start))
     if start == 0:
         # whatever was computed before, the first step finds the same random state, each process its own
         set_seed(settings.seed, device_specific=True)
@@ -144,52 +151,61 @@ def train(
         stopping.finishing(),
         reproducible(accelerator.device),
         Progress(phase.stop - start, f"train {folder.name}", unit="steps") as bar,
+        (profiler or UNPROFILED).over(folder, start, writes=ranks.first) as step_done,
     ):
         for batch, waited in _load(batches, start, phase.stop, settings.workers):
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr_at(batch.step)
             companion.begin_step(plain)
             with _memory_advice(batch, settings, ranks.count):
-                loss = _step_loss(
-                    model,
-                    batch,
-                    phase,
-                    accelerator,
-                    companion,
-                    micro_batch=settings.micro_batch,
-                    progress=settings.progress_at(batch.step),
-                    measured=meter.due(batch.step),
-                )
-                accelerator.backward(loss.total)
-                loss.encoded.finish()
-            norm = accelerator.clip_grad_norm_(weights, settings.grad_clip)
-            _check_gradient(norm, batch, accelerator)
-            companion.step(settings.lr_at(batch.step) / settings.lr, accelerator.scaler)  # before fp16's scale changes
-            prepared.step()
-            prepared.zero_grad()
+                with traced("loss"):
+                    loss = _step_loss(
+                        model,
+                        batch,
+                        phase,
+                        accelerator,
+                        companion,
+                        micro_batch=settings.micro_batch,
+                        progress=settings.progress_at(batch.step),
+                        measured=meter.due(batch.step),
+                    )
+                with traced("backward"):
+                    accelerator.backward(loss.total)
+                    loss.encoded.finish()
+            with traced("clip"):
+                norm = accelerator.clip_grad_norm_(weights, settings.grad_clip)
+                _check_gradient(norm, batch, accelerator)
+            with traced("optimizer"):
+                companion.step(settings.lr_at(batch.step) / settings.lr, accelerator.scaler)  # before fp16's scale
+                prepared.step()
+                prepared.zero_grad()
             values = {"lr": settings.lr_at(batch.step), **loss.values, **companion.logged()}
             line = meter.step(batch, loss.total, loss.parts, values=values, norm=norm, waited=waited)
             if line is not None:
-                accelerator.log({f"{folder.name}/{key}": value for key, value in line.items()}, step=batch.step + 1)
+                tracking.log(line, batch.step + 1)
             bar.advance(1)
+            timings.spent("waiting for data", waited)
+            timings.count(steps=1, items=len(batch.image_ids) + len(batch.text_ids))
             finished = batch.step + 1
             told = ranks.most(stopping.told())
             if finished == phase.stop or finished % settings.checkpoint_every == 0 or told:
                 randoms.gather()
                 if ranks.first:
-                    save_checkpoint(
-                        checkpoints,
-                        step=finished,
-                        model=plain,
-                        optimizer=optimizer,
-                        meaning=phase.meaning,
-                        others=others,
-                        keep=settings.keep_checkpoints,
-                    )
+                    with traced("checkpoint"), timings.stage("checkpoint"):
+                        save_checkpoint(
+                            checkpoints,
+                            step=finished,
+                            model=plain,
+                            optimizer=optimizer,
+                            meaning=phase.meaning,
+                            others=others,
+                            keep=settings.keep_checkpoints,
+                        )
                 ranks.wait()
                 done = checkpoint_of(checkpoints, finished)
                 if told:  # by all together: a signal that came since then is told at the next step
                     stopping.heed(told)
+            step_done()
         stopping.heed(ranks.most(stopping.told()))
     if done is None:
         raise TrainingError(f"{folder}: nothing to train: the phase ends at step {phase.stop} and starts at {start}")
@@ -238,10 +254,14 @@ def _load(batches: Batches, start: int, stop: int, workers: int) -> Iterator[tup
         generator=torch.Generator(),  # its own, so that starting a loader never moves the training's random state
         prefetch_factor=4 if workers else None,
     )
-    asked = time.perf_counter()
-    for batch in loader:
-        yield batch, time.perf_counter() - asked
+    loaded = iter(loader)
+    while True:
         asked = time.perf_counter()
+        with traced("wait for data"):
+            batch = next(loaded, None)
+        if batch is None:
+            return
+        yield batch, time.perf_counter() - asked
 
 
 @dataclass(frozen=True)
@@ -273,15 +293,18 @@ def _step_loss(
     attention_pairs = None
     if "student_attention" in losses.needs:
         attention_pairs = (batch.pairs[0].to(device), batch.pairs[1].to(device))
-    encoded = encode(
-        model,
-        to_device(batch.images, device),
-        to_device(batch.texts, device),
-        accelerator=accelerator,
-        counts=(len(batch.encoded("image")), len(batch.encoded("text"))),
-        micro_batch=micro_batch,
-        attention_pairs=attention_pairs,
-    )
+    with traced("to device"):
+        images, texts = to_device(batch.images, device), to_device(batch.texts, device)
+    with traced("encode"):
+        encoded = encode(
+            model,
+            images,
+            texts,
+            accelerator=accelerator,
+            counts=(len(batch.encoded("image")), len(batch.encoded("text"))),
+            micro_batch=micro_batch,
+            attention_pairs=attention_pairs,
+        )
     out = encoded.embeddings
     if out.images is None or out.texts is None:
         raise TrainingError("the student gave no embeddings for one side")

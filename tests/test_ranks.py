@@ -21,7 +21,7 @@ from tests.test_run import TINY
 from tests.test_wrong_recipes import ROOT
 
 SETTINGS = [
-    *(item for item in TINY if not item.startswith(("arms.maps", "train.trackers", "train.rounds"))),
+    *(item for item in TINY if not item.startswith(("arms.maps", "train.rounds"))),
     "arms.alone={losses: [{name: kl}]}",  # nothing in it trains the scale
 ]
 ARMS = ("plain", "distilled", "beside", "alone")

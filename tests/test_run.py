@@ -152,8 +152,8 @@ def begin(folder: Path, *settings: str) -> subprocess.Popen[bytes]:
     )
 
 
-def stop_when(folder: Path, reached: Callable[[Path], bool], how: signal.Signals) -> None:
-    process = begin(folder)
+def stop_when(folder: Path, reached: Callable[[Path], bool], how: signal.Signals, *settings: str) -> None:
+    process = begin(folder, *settings)
     try:
         deadline = time.monotonic() + 300
         while not reached(folder):

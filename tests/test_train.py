@@ -68,8 +68,10 @@ def run(
     start_from = options.pop("start_from", None)
     start = options.pop("start", 0)
     settings = options.pop("settings", SETTINGS)
+    accelerator = options.pop("accelerator", None) or Accelerator(cpu=True)
+    watched = {name: options.pop(name) for name in ("timings", "profiler") if name in options}
     phase = Phase(start, stop, batches(student, **options), losses, meaning)
-    train(student, phase, settings, folder=folder, accelerator=Accelerator(cpu=True), start_from=start_from)
+    train(student, phase, settings, folder=folder, accelerator=accelerator, start_from=start_from, **watched)
     return student
 
 
