@@ -16,6 +16,7 @@ import numpy as np
 if TYPE_CHECKING:
     from distill.evaluate import Agreement, Evaluation
     from distill.protocols import Direction, Ids, ScoreKind
+    from distill.timings import Summary
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,6 +163,7 @@ class Comparison:
         gap: Arm -> points from the student alone to the teacher, fastest first.
         examples: Queries on which arms differ.
         environment: Versions, device, cores, threads, by name.
+        time: Where the time of the cells' processes went, all seeds together; None where it is not known.
     """
 
     title: str
@@ -180,6 +182,7 @@ class Comparison:
     gap: Mapping[str, Sequence[GapPoint]] = field(default_factory=dict)
     examples: Sequence[Example] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    time: Summary | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be compared.

@@ -67,6 +67,7 @@ def compare_command(opening: Opening) -> Callable[..., None]:
         """
         from distill.cells import run_cells
         from distill.comparing import gather
+        from distill.report.time_table import show_time
 
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("compare starts its own processes: run it without a launcher, and say how many by --jobs")
@@ -74,9 +75,15 @@ def compare_command(opening: Opening) -> Callable[..., None]:
         x = opening.by_name(recipe, overrides)
         plan = replace(_plan(opening, x, losses, seeds=seeds, out=out), command=command, gap_queries=gap_queries)
         _forget(plan, redo)
-        run_cells(plan.waves(), jobs=jobs)
-        found = gather(plan)
-        _report(found, plan.first.folder.parent)
+        timings, folder = x.timings, plan.first.folder.parent
+        with timings.kept_in(folder):
+            with timings.stage("cells"):
+                run_cells(plan.waves(), jobs=jobs)
+            with timings.stage("evaluate"):
+                found = gather(plan)
+            with timings.stage("report"):
+                _report(found, folder)
+        show_time(folder, name=folder.name)
         raise typer.Exit(1 if found.failed else 0)
 
     return compare
@@ -92,12 +99,15 @@ def _plan(opening: Opening, base: Experiment, losses: list[str], *, seeds: int, 
     recipe, plain = comparison_recipe(base.recipe, losses)
     folder = out or recipe.runs / f"{recipe.name}-compare"
     x = opening.of(recipe)
-    check(x)
+    x.timings = base.timings  # one clock for the whole command
+    with x.timings.stage("check"):
+        check(x)
     teacher = taught_teacher(x) if recipe.teach is not None else None
     runs = {}
     for seed in range(recipe.seed, recipe.seed + seeds):
         own = seed_recipe(recipe, seed, folder=folder, teacher=teacher)
         runs[seed] = opening.of(own.model_copy(update={"arms": _earlier_arms(own.folder) | own.arms}))
+        runs[seed].timings = base.timings
         claim(runs[seed], resume=True)
     return Plan(runs, {name: describe(arm) for name, arm in recipe.arms.items()}, plain)
 

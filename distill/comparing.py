@@ -25,6 +25,7 @@ from distill.pipeline import SHARED, stretches
 from distill.progress import track
 from distill.protocols import DIRECTIONS, SIDES, Candidates, Direction, Ids, Side, sides_of
 from distill.results import evaluate, rerank_shortlists, save_indexes, student_vectors
+from distill.timings import Summary
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -128,6 +129,7 @@ def gather(plan: Plan) -> Comparison:
         gap=_gaps(plan, shown, theirs),
         examples=contrasts(x, split, answers, seed=first_seed),
         environment=_environment(plan),
+        time=Summary.read(*(own.folder for own in plan.runs.values())),
     )
 
 

@@ -155,11 +155,11 @@ class Summary:
     sessions: tuple[str, ...]
 
     @classmethod
-    def read(cls, folder: Path) -> Summary:
-        """From the lines in a run's folder, those that are whole; of nothing where there is none."""
+    def read(cls, *folders: Path) -> Summary:
+        """From the lines in runs' folders, those that are whole; of nothing where there is none."""
         seconds, counts, peak = dict[str, float](), dict[str, dict[str, int]](), dict[str, int]()
         sessions = dict[str, str]()
-        for line in _whole_lines(folder / LINES):
+        for line in (line for folder in folders for line in _whole_lines(folder / LINES)):
             sessions[line["session"]] = line.get("ended", UNFINISHED)
             for path, value in line["seconds"].items():
                 seconds[path] = seconds.get(path, 0.0) + value

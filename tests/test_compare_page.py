@@ -317,6 +317,21 @@ def test_curves_hold_every_seed_and_survive_gaps():
     assert len(curve_plot(replace(comparison, cells=[replace(comparison.cells[0], curve=long)]))) < 60_000
 
 
+def test_wall_time_by_stage_is_shown_where_it_is_known(tmp_path):
+    comparison, analysis, page = full()
+    assert "Wall clock of the trainings' processes by stage" in Page(page).text.replace("’", "'")
+    html, markdown, data = write_report(comparison, analysis, tmp_path)
+    rows = [line.split(" | ") for line in markdown.read_text().splitlines() if line.startswith("| train plain")]
+    assert ["| train plain", "96.0 s", "90.0 s", "75.0 %", "100 items |"] in rows
+    assert ["| train plain / checkpoint", "6.0 s", "6.0 s", "5.0 %", " |"] in rows
+    assert json.loads(data.read_text())["time"]["total"] == 120.0
+    unknown = replace(comparison, time=None)
+    html, markdown, data = write_report(unknown, analysis, tmp_path)
+    assert "Wall time" not in markdown.read_text()
+    assert "by stage" not in html.read_text()
+    assert json.loads(data.read_text())["time"] is None
+
+
 def test_the_terminal_shows_the_table_and_the_words():
     comparison, analysis = small()
     file = io.StringIO()

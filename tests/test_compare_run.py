@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from distill.timings import Summary
 from tests.test_run import TINY
 from tests.test_wrong_recipes import ROOT
 from tests.test_wrong_recipes import distill as distill_with_two_threads
@@ -73,6 +74,12 @@ def test_every_arm_and_seed_is_there_and_shares_candidates_and_teacher(compared:
     for arm in arms:
         assert arm in said
         assert arm in (home(folder) / "compare.md").read_text()
+    spent = json.loads((home(folder) / "timings.json").read_text())["own"]
+    assert max(spent, key=spent.__getitem__) == "cells"
+    assert {"start", "check", "teach", "evaluate", "evaluate/embed", "report"} <= set(spent)
+    assert "wall time by stage" in said
+    own = [Summary.read(home(folder) / f"seed-{seed}").total for seed in (0, 1)]
+    assert report(folder)["time"]["total"] == pytest.approx(sum(own))
 
 
 def test_the_report_holds_the_figures_of_the_cells(compared: tuple[Path, str]) -> None:

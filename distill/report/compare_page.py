@@ -89,6 +89,7 @@ def to_html(comparison: Comparison, analysis: Analysis) -> str:
         "gap_plot": drawn(gap_plot(comparison.gap) if any(comparison.gap.values()) else None),
         "curve_plot": drawn(curve_plot(comparison)),
         "cost": tables.cost_grid(comparison, analysis),
+        "time": tables.time_grid(comparison),
         "examples": [_example(example) for example in comparison.examples],
         "failed": tables.failed_grid(comparison),
         "reading": list(how_to_read(comparison, analysis)),
@@ -179,6 +180,7 @@ def _blocks(comparison: Comparison, analysis: Analysis) -> Iterator[str]:
         "Agreement with the teacher": tables.agreement_grid(analysis),
         "From student to teacher": tables.gap_grid(comparison, analysis),
         "Cost": tables.cost_grid(comparison, analysis),
+        "Wall time by stage": tables.time_grid(comparison),
         "Trainings that failed": tables.failed_grid(comparison),
         "Losses": tables.arms_grid(analysis),
     }
@@ -226,6 +228,7 @@ def to_dict(comparison: Comparison, analysis: Analysis) -> dict[str, Any]:
             "teacher": comparison.teacher and asdict(comparison.teacher),
             "failed": [asdict(cell) for cell in comparison.failed],
             "cells": cells,
+            "time": comparison.time and comparison.time.as_dict(),
             "gap": {arm: [asdict(point) for point in points] for arm, points in comparison.gap.items()},
             "analysis": asdict(analysis),
         }

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 from distill.protocols import DIRECTIONS
 from distill.report.table import ABSENT, HEADS, METRICS
+from distill.report.time_table import HEADS as HEADS_OF_TIME
+from distill.report.time_table import time_rows
 from distill.verdicts import number, p_value
 
 if TYPE_CHECKING:
@@ -160,6 +162,13 @@ def cost_grid(comparison: Comparison, analysis: Analysis) -> Grid:
         rows.append(Row(cells, mark_of(figures.arm, analysis)))
     heads = ["arm", "seeds done", "training time", "peak memory", "pairs the teacher scored", "scores from the store"]
     return Grid(heads, rows)
+
+
+def time_grid(comparison: Comparison) -> Grid | None:
+    """Wall clock by stage; None where it is not known."""
+    if comparison.time is None or not comparison.time.total:
+        return None
+    return Grid(["stage", *HEADS_OF_TIME[1:]], [Row(cells) for cells in time_rows(comparison.time, indented=False)])
 
 
 def gap_grid(comparison: Comparison, analysis: Analysis) -> Grid | None:

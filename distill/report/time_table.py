@@ -39,16 +39,18 @@ def show_time(folder: Path, *, name: str, console: Console | None = None) -> Non
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def time_rows(found: Summary) -> list[list[str]]:
-    """A row a stage, those within another one indented, then the rest and the sum. Shares are of own times."""
+def time_rows(found: Summary, *, indented: bool = True) -> list[list[str]]:
+    """A row a stage, those within another one indented or by their path, then the rest and the sum.
+
+    Shares are of own times. A stage that took less than 50 ms with all in it has no row.
+    """
     total = found.total
     rows = []
     for path, own in found.seconds.items():
         whole = found.whole(path)
         if whole < _SHOWN_S and path != OTHER:
             continue
-        depth = path.count("/")
-        label = "  " * depth + path.rsplit("/", 1)[-1]
+        label = "  " * path.count("/") + path.rsplit("/", 1)[-1] if indented else path.replace("/", " / ")
         rows.append([label, _time(whole), _time(own), f"{100 * own / total if total else 0:.1f} %", _rate(found, path)])
     return [*rows, ["all", _time(total), _time(total), "100.0 %", ""]]
 
