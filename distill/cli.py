@@ -80,10 +80,18 @@ def data(recipe: RecipeName, overrides: Overrides = []) -> None:  # noqa: B006
 
 
 @app.command()
-def mine(recipe: RecipeName, overrides: Overrides = []) -> None:  # noqa: B006
+def mine(
+    recipe: RecipeName,
+    overrides: Overrides = [],  # noqa: B006
+    ahead: Annotated[str, typer.Option("--ahead", metavar="ARM:ROUND", hidden=True)] = "",
+) -> None:
     """The shared steps, then the first round's hard candidates."""
-    from distill.pipeline import first_candidates
+    from distill.pipeline import first_candidates, mine_ahead
 
+    if ahead:  # started by a training, beside which it works
+        arm, _, number = ahead.rpartition(":")
+        mine_ahead(_open(recipe, overrides), arm, int(number))
+        return
     x = _begin(recipe, overrides, resume=True)
     with _timed(x):
         for direction, found in first_candidates(x).items():

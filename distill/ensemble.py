@@ -201,6 +201,8 @@ class Ensemble:
         """
         if self._calibrated is None:
             self.ask(self._pairs[0][:0], self._pairs[1][:0])
+        for member in self.members:
+            member.store.refresh()
         return self._combined([member.store.lookup(image_ids, text_ids) for member in self.members])
 
     def seconds(self, queries: Sequence[tuple[Ids, Ids]]) -> list[float]:

@@ -7,12 +7,13 @@ killed goes on where it stopped.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill import mined
+from distill import ahead, mined
 from distill.asking import note_what_is_asked, pair_maps, scores_of, warn_of_odd_scores
 from distill.batches import Batches, PairScores
 from distill.durable import staged_folder
@@ -22,10 +23,11 @@ from distill.sampler import BatchSampler, CandidateSampler, PairSampler
 from distill.suspecting import revision_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from distill.experiment import Experiment
     from distill.losses.combine import Weighted
+    from distill.recipe.experiment import ArmRecipe
     from distill.recipe.schema import TeachRecipe
     from distill.slow_copy import MomentumSettings
     from distill.towers import TowerVectors
@@ -143,12 +145,9 @@ def trained_arm(x: Experiment, name: str) -> Path:
     for stretch in stretches(x)[1:]:
         reached = _unless_done(folder, stretch)
         if reached is None:
+            found = _candidates(x, arm, stretch.number, folder, student, checkpoint)
             if checkpoint is not None:
                 load_weights(checkpoint, student)
-            of, before = _round(x, stretch.number, folder), None
-            if stretch.number > 1:
-                before = _round(x, stretch.number - 1, folder)
-            found = mined.candidates(x, of, student=student, before=before) if arm.uses_candidates else {}
             phase = _phase(
                 x,
                 student,
@@ -159,12 +158,66 @@ def trained_arm(x: Experiment, name: str) -> Path:
                 found=found,
                 scores=arm.reads_scores,
             )
-            reached = _train(x, student, phase, folder, start_from=checkpoint)
+            with _next_round(x, name, stretch.number + 1, student, phase, checkpoint):
+                reached = _train(x, student, phase, folder, start_from=checkpoint)
         checkpoint = reached
     assert checkpoint is not None
     load_weights(checkpoint, student)
     x.ranks.work_alone(lambda: _save_student(student, final, name))
     return final
+
+
+def _candidates(
+    x: Experiment, arm: ArmRecipe, number: int, folder: Path, student: Any, checkpoint: Path | None
+) -> mined.Both:
+    """Of a round, mined by the student of the checkpoint, or by an earlier one that was kept for that."""
+    from distill.checkpoint import load_weights
+
+    if not arm.uses_candidates:
+        return {}
+    of = _round(x, number, folder)
+    if ahead.snapshot(of).is_file():
+        ahead.load_snapshot(of, student)
+    elif checkpoint is not None:
+        load_weights(checkpoint, student)
+    return mined.candidates(x, of, student=student, before=_round(x, number - 1, folder) if number > 1 else None)
+
+
+@contextmanager
+def _next_round(
+    x: Experiment, name: str, number: int, student: Any, phase: Phase, start_from: Path | None
+) -> Iterator[None]:
+    """Where the recipe has candidates mined ahead, those of round ``number`` are, while the phase before ends in here.
+
+    The training comes to the step at which that begins first.
+    """
+    if not x.recipe.mine.ahead or number >= len(stretches(x)) or not x.recipe.arms[name].uses_candidates:
+        yield
+        return
+    folder = x.folder / "arms" / name
+    of = _round(x, number, folder)
+    if not ahead.snapshot(of).is_file():
+        begin = max(phase.start, phase.stop - x.recipe.mine.ahead)
+        if begin > phase.start:
+            _train(x, student, replace(phase, stop=begin), folder, start_from=start_from)
+        ahead.keep_snapshot(of, student)
+    with ahead.preparing(x, of, arm=name):
+        yield
+
+
+def mine_ahead(x: Experiment, name: str, number: int) -> None:
+    """Mine and score a round of an arm by the student that was kept for it: what the second process does.
+
+    Raises:
+        FileNotFoundError: no student was kept.
+    """
+    arm, folder = x.recipe.arms[name], x.folder / "arms" / name
+    of = _round(x, number, folder)
+    if not ahead.snapshot(of).is_file():
+        raise FileNotFoundError(f"{ahead.snapshot(of)} is not there: only a training with mine.ahead leaves it")
+    found = _candidates(x, arm, number, folder, x.fresh_student(), None)
+    if arm.reads_scores:
+        scores_of(x, x.corpus.split_pairs("train"), found)
 
 
 def _train(x: Experiment, student: Any, phase: Phase, folder: Path, start_from: Path | None = None) -> Path:

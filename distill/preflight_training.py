@@ -1,4 +1,4 @@
-"""By which means a training computes, and whether they are there: recomputed activations."""
+"""By which means a training computes, and whether they are there: recomputed activations, a second process."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ def check_means(x: Experiment) -> None:
     Raises:
         ExperimentError: what is asked for, why it cannot be, and what to do instead.
     """
+    if x.recipe.mine.ahead and x.ranks.count > 1:
+        raise ExperimentError(
+            f"mine.ahead is {x.recipe.mine.ahead}: a second process mines beside one that trains, but {x.ranks.count} "
+            "train: set it to 0, and they mine together when a round has ended"
+        )
     if x.recipe.train.gradient_checkpointing:
         _check_recomputing(x)
 

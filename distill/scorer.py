@@ -122,7 +122,8 @@ class TeacherScorer:
         return self.store.require(image_ids, text_ids)
 
     def lookup(self, image_ids: Ids, text_ids: Ids) -> Scores:
-        """Scores that the store holds."""
+        """Scores that the store holds by now, whoever has put them there."""
+        self.store.refresh()
         return self.store.lookup(image_ids, text_ids)
 
     def seconds(self, queries: Sequence[tuple[Ids, Ids]]) -> list[float]:

@@ -27,7 +27,7 @@ from distill.recipe.schema import (
 class MineRecipe(Grown):
     """Which items count as a query's hard candidates, and when they are mined anew."""
 
-    later: ClassVar[frozenset[str]] = frozenset({"every_epochs", "overlap_below", "recall_floor"})
+    later: ClassVar[frozenset[str]] = frozenset({"every_epochs", "overlap_below", "recall_floor", "ahead"})
 
     k: Count = Field(default=16, description="candidates a query that the teacher scores, in each direction")
     skip_top: Natural = Field(default=0, description="leave out the n most similar non-matches: likely false negatives")
@@ -46,6 +46,11 @@ class MineRecipe(Grown):
         default=None,
         description="in later rounds, take freshly mined candidates only where they have less than this part in common "
         "with those in use, which stay otherwise: the teacher is then asked nothing; null = always take them",
+    )
+    ahead: Natural = Field(
+        default=0,
+        description="a second process mines and scores for the next round while training goes on, by the student as it "
+        "is this many steps before its round ends; 0 = when the round has ended, in the same process",
     )
 
 
@@ -237,6 +242,10 @@ class Recipe(Grown):
             raise ValueError(
                 "mine.overlap_below compares candidates of a round with those of the round before, but there is only "
                 "one round: set mine.every_epochs or train.rounds"
+            )
+        if self.mine.ahead and self.mine.every_epochs is None and self.train.rounds == 1:
+            raise ValueError(
+                "mine.ahead is for rounds after the first, but there is only one: set mine.every_epochs or train.rounds"
             )
         return self
 
