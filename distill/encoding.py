@@ -174,7 +174,8 @@ def _pieces(images: Tensors, texts: Tensors, number: int) -> list[_Piece]:
 
 def _part(inputs: Tensors, place: int, number: int) -> tuple[Tensors, slice] | None:
     rows = share_of(_count(inputs), place, number)
-    return ({name: tensor[rows] for name, tensor in inputs.items()}, rows) if rows.start < rows.stop else None
+    # copies: a view's place in the whole is part of what a compiled student is compiled for
+    return ({name: tensor[rows].clone() for name, tensor in inputs.items()}, rows) if rows.start < rows.stop else None
 
 
 def _count(inputs: Tensors) -> int:

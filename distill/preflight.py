@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 _FREE = {
     "runs", "cache", "device", "prepared_gib", "score", "train.workers", "train.log_every", "train.checkpoint_every",
     "train.keep_checkpoints", "train.trackers", "evaluate.batch_size", "teacher.compile",
-    "train.gradient_checkpointing",
+    "train.gradient_checkpointing", "train.compile",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""By which means a training computes, and whether they are there: recomputed activations, a second process."""
+"""By which means a training computes and mines, and whether they are there."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ def check_means(x: Experiment) -> None:
         )
     if x.recipe.train.gradient_checkpointing:
         _check_recomputing(x)
+    if x.recipe.train.compile:
+        _check_compiling(x)
 
 
 def _check_recomputing(x: Experiment) -> None:
@@ -42,3 +44,15 @@ def _check_recomputing(x: Experiment) -> None:
     for side in SIDES:
         does = "computes its activations anew in the backward pass" if side in sides else "is frozen or cannot do so"
         log.info("gradient checkpointing: the %s tower %s", side, does)
+
+
+def _check_compiling(x: Experiment) -> None:
+    from distill.compiling import check_compiler
+
+    try:
+        check_compiler(x.accelerator.device)
+    except RuntimeError as error:
+        raise ExperimentError(
+            f"train.compile: {error}; install a C++ compiler (g++, or one that the variable CXX names), or leave "
+            "train.compile out"
+        ) from None

@@ -22,6 +22,7 @@ from distill import stopping
 from distill.batches import Batches, StepBatch
 from distill.checkpoint import Others, checkpoint_of, latest_checkpoint, load_checkpoint, save_checkpoint, step_of
 from distill.companion import Companion
+from distill.compiling import compiled
 from distill.encoding import Encoded, encode, with_remembered
 from distill.extras import extras_of_direction, extras_of_step
 from distill.inference import reproducible, to_device
@@ -55,6 +56,7 @@ class TrainSettings:
     seed: int
     precision: str = "no"
     micro_batch: int | None = None  # most items of a side encoded at once, by gradient caching; None = all
+    compile: bool = False  # the student's forward and backward pass, by torch.compile
     workers: int = 0
     log_every: int = 50
     checkpoint_every: int = 500
@@ -150,6 +152,7 @@ def train(
     with (
         stopping.finishing(),
         reproducible(accelerator.device),
+        compiled(student, wanted=settings.compile),
         Progress(phase.stop - start, f"train {folder.name}", unit="steps") as bar,
         (profiler or UNPROFILED).over(folder, start, writes=ranks.first) as step_done,
     ):

@@ -75,6 +75,18 @@ def test_a_wrong_recipe_is_refused_within_ten_seconds(tmp_path: Path, overrides:
     assert time.monotonic() - began < 60  # ten seconds on a free machine, which this one may not be
 
 
+def test_compiling_without_a_compiler_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    done = distill("run", "quickstart", folder=tmp_path, settings=[*SMALL, "train.compile=true"])
+    assert done.returncode == 2
+    assert "train.compile: torch.compile cannot be used here: InvalidCxxCompiler: No working C++ comp" in done.stderr
+    assert "install a C++ compiler (g++, or one that the variable CXX names), or leave train.compile out" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_run_folder_is_neither_overwritten_nor_gone_on_with_under_another_recipe(tmp_path: Path) -> None:
     quick = ["train.steps=4", "teach.steps=2", "train.shared=0.5"]
     first = distill("mine", "quickstart", folder=tmp_path, settings=[*SMALL, *quick])

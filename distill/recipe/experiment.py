@@ -67,7 +67,7 @@ class TrainRecipe(Grown):
     """One student's training. Every arm gets the same steps, seed and batches."""
 
     later: ClassVar[frozenset[str]] = frozenset(
-        {"micro_batch", "candidates", "group", "groupings", "gradient_checkpointing"}
+        {"micro_batch", "candidates", "group", "groupings", "gradient_checkpointing", "compile"}
     )
 
     steps: Count = 1200
@@ -110,6 +110,10 @@ class TrainRecipe(Grown):
         default=False,
         description="trained towers keep each layer's input alone and run the layer again in the backward pass: less "
         "memory at the price of a second forward pass, the same gradients",
+    )
+    compile: bool = Field(
+        default=False,
+        description="the student through torch.compile while it trains; takes a compiler, and a minute to begin with",
     )
     workers: Natural = Field(default=0, description="loader processes; 0 = in the main one")
     log_every: Count = 50

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from students import DualEncoder, DualOptions
-from tests.students.small_texts import TEXTS, TOWER, WORDS
+from tests.students.small_texts import N_IMAGES, N_TEXTS, TEXTS, TOWER, WORDS
 
 
 @pytest.fixture(scope="session")
@@ -119,6 +119,20 @@ def embed(pictures):
             return student(student.prepare_images(pictures), student.prepare_texts(TEXTS), **more)
 
     return run
+
+
+@pytest.fixture
+def step(tokenizer):
+    """Inputs of a step: pictures, and texts of several lengths padded together."""
+    g = torch.Generator().manual_seed(0)
+    length = torch.randint(4, 12, (N_TEXTS, 1), generator=g)
+    places = torch.arange(12)
+    ids = torch.randint(4, len(tokenizer), (N_TEXTS, 12), generator=g)
+    ids = torch.where(places < length, ids, 0).masked_fill(places == 0, 2).masked_fill(places == length - 1, 3)
+    return (
+        {"pixel_values": torch.randn(N_IMAGES, 3, 32, 32, generator=g)},
+        {"input_ids": ids, "attention_mask": (places < length).long()},
+    )
 
 
 @pytest.fixture

@@ -19,23 +19,7 @@ from distill.protocols import Embeddings, Recomputable, Scored
 from distill.sampler import share_of
 from students import DualEncoder
 from students.reading import tower_of
-from tests.students.small_texts import TOWER
-
-N_IMAGES, N_TEXTS = 16, 20
-
-
-@pytest.fixture
-def step(tokenizer):
-    """Inputs of a step: pictures, and texts of several lengths padded together."""
-    g = torch.Generator().manual_seed(0)
-    length = torch.randint(4, 12, (N_TEXTS, 1), generator=g)
-    places = torch.arange(12)
-    ids = torch.randint(4, len(tokenizer), (N_TEXTS, 12), generator=g)
-    ids = torch.where(places < length, ids, 0).masked_fill(places == 0, 2).masked_fill(places == length - 1, 3)
-    return (
-        {"pixel_values": torch.randn(N_IMAGES, 3, 32, 32, generator=g)},
-        {"input_ids": ids, "attention_mask": (places < length).long()},
-    )
+from tests.students.small_texts import N_IMAGES, N_TEXTS, TOWER
 
 
 def loss_of(out: Embeddings) -> torch.Tensor:
