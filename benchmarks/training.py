@@ -12,7 +12,9 @@ Ours is ``distill.train.train`` as a recipe sets it up:
 - ``encode``: ``train.candidates: encode``. A step encodes each distinct item once. Prepared pictures and token ids come
   from disk, where a run puts them before its first step; that work, once for all steps, is in no figure;
 - ``encode_live``: the same without that cache: each picture is decoded and each text cut anew in every step;
-- ``memory``: ``train.candidates: memory``. Mined items keep the vectors that they were mined by.
+- ``memory``: ``train.candidates: memory``. Mined items keep the vectors that they were mined by;
+- ``in_batch``: ``train.candidates: in_batch``. Batches of neighbours, each query with the others of its group of 16 as
+  negatives, more than the eight of all other ways.
 
 Theirs is ``SentenceTransformerTrainer`` with ``MarginMSELoss`` on rows of a query, its positive and its negatives. A
 batch holds rows of one direction, and the directions take turns: ``whole`` has all of a step's queries in one batch,
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from distill.train import TrainSettings
 
 LEARNING_RATE, WEIGHT_DECAY, GRAD_CLIP, WARMUP = 1e-3, 0.05, 1.0, 0.05
+GROUP = 16  # of neighbours: at least the other pairs of a group less those that match
 CHECKED = 3  # steps whose grids are looked at
 BLOCKS = 2  # of bare steps and ours in turns, in one process
 
@@ -109,7 +112,7 @@ def main(
     write_json(json_file, figures)
 
 
-QUICK = Sizes(images=150, pairs=8, shared=4, warm=1, steps=4, rounds=1)
+QUICK = Sizes(images=150, pairs=16, shared=4, warm=1, steps=4, rounds=1)
 
 
 def measure(folder: Path, sizes: Sizes) -> dict[str, Any]:
@@ -272,7 +275,7 @@ def _mine(folder: Path, corpus: Corpus, student: Any, sources: Mapping[Side, Any
     from distill.index import VectorIndex
     from distill.mine import MineSettings, mine
 
-    rows: dict[Side, Ids] = {"image": np.arange(corpus.n_images), "text": np.arange(corpus.n_texts)}
+    rows: dict[Side, Ids] = {side: _rows(corpus, side) for side in SIDES}
     vectors: dict[Side, Any] = {side: embed(student, sources[side], rows[side], side) for side in SIDES}
     for direction in DIRECTIONS:
         query, item = sides_of(direction)
@@ -288,6 +291,10 @@ def _mine(folder: Path, corpus: Corpus, student: Any, sources: Mapping[Side, Any
     return vectors
 
 
+def _rows(corpus: Corpus, side: Side) -> Ids:
+    return np.arange(corpus.n_images if side == "image" else corpus.n_texts)
+
+
 def mined_candidates(folder: Path, direction: Direction) -> Candidates:
     """What was mined: a row a query, in the order of the corpus."""
     with np.load(folder / f"{direction}.npz") as arrays:
@@ -300,12 +307,11 @@ def scores_of(image_ids: Ids, text_ids: Ids) -> Any:
     return 0.1 * made_scores(image_ids, text_ids)
 
 
-def pair_scores(folder: Path, corpus: Corpus) -> PairScores:
+def pair_scores(corpus: Corpus, candidates: Mapping[Direction, Candidates]) -> PairScores:
     """The teacher's scores of labelled pairs and candidates."""
     from distill.batches import PairScores
 
-    asked = [(corpus.pairs[:, 0], corpus.pairs[:, 1])]
-    asked += [mined_candidates(folder, direction).pairs() for direction in DIRECTIONS]
+    asked = [(corpus.pairs[:, 0], corpus.pairs[:, 1]), *(those.pairs() for those in candidates.values())]
     images, texts = (np.concatenate(ids) for ids in zip(*asked, strict=True))
     return PairScores.of(images, texts, scores_of(images, texts), corpus.n_texts)
 
@@ -337,7 +343,7 @@ def ours(
     """``distill.train.train``; times are taken when the student is called, which is once a step."""
     student, batches = our_parts(folder, corpus, sizes, candidates=candidates, cached=cached)
     for step in range(CHECKED):
-        check(batches[step], sizes)
+        check(batches[step], sizes.negatives if batches.candidates else 1)
     before, _ = memory_of(os.getpid())
     clock = Clock()
     student.register_forward_pre_hook(clock.tick)
@@ -391,14 +397,14 @@ def train_ours(student: Any, batches: Batches, sizes: Sizes, *, steps: int, home
     train(student, phase, schedule, folder=home, accelerator=Accelerator(cpu=True))
 
 
-def check(batch: StepBatch, sizes: Sizes) -> None:
-    """Every query of a step has its positive and its negatives, scored; AssertionError otherwise."""
+def check(batch: StepBatch, least: int) -> None:
+    """Every query of a step has its positive and its negatives, at least so many, scored; AssertionError otherwise."""
     for direction, grid in batch.grids.items():
         asked = ~grid.teacher.isnan()
         where = f"step {batch.step}, {direction}"
         assert bool((asked & grid.positive).any(dim=1).all()), f"{where}: a query lacks its positive"
         fewest = int((asked & ~grid.positive).sum(dim=1).min())
-        assert fewest >= sizes.negatives, f"{where}: a query has {fewest} negatives, not {sizes.negatives}"
+        assert fewest >= least, f"{where}: a query has {fewest} negatives, not {least}"
 
 
 def our_parts(
@@ -408,6 +414,7 @@ def our_parts(
     from distill.batches import Batches
     from distill.embed import item_source, live_source
     from distill.features import Features
+    from distill.groups import GroupedSampler, dense_candidates, grouped
     from distill.mined import RememberedVectors
     from distill.sampler import BatchSampler, CandidateSampler
     from students.dual import DualEncoder
@@ -417,14 +424,21 @@ def our_parts(
         item_source(corpus, side, student, folder) if cached else live_source(corpus, side, student) for side in SIDES
     ]
     memory = {side: RememberedVectors(Features.open(folder / f"vectors-{side}", side)) for side in SIDES}
-    mined = [mined_candidates(folder, direction) for direction in DIRECTIONS]
+    mined = {direction: mined_candidates(folder, direction) for direction in DIRECTIONS}
+    pairs = corpus.split_pairs("train")
+    if candidates == "in_batch":
+        groupings = grouped(pairs, mined, group=GROUP, count=2, seed=[0])
+        vectors = {side: (rows, of(rows).numpy()) for side, of in memory.items() for rows in [_rows(corpus, side)]}
+        held = dense_candidates(pairs, groupings, GROUP, corpus.matches, vectors)
+        sampler = GroupedSampler(pairs, groupings, GROUP, sizes.pairs, 0)
+        return student, Batches(sampler, sources[0], sources[1], corpus.matches, pair_scores(corpus, held))
     return student, Batches(
-        BatchSampler(corpus.split_pairs("train"), sizes.pairs, 0),
+        BatchSampler(pairs, sizes.pairs, 0),
         sources[0],
         sources[1],
         corpus.matches,
-        pair_scores(folder, corpus),
-        tuple(CandidateSampler(those, sizes.negatives, 0) for those in mined),
+        pair_scores(corpus, mined),
+        tuple(CandidateSampler(those, sizes.negatives, 0) for those in mined.values()),
         memory=memory if candidates == "memory" else {},
     )
 
@@ -702,6 +716,7 @@ WAYS: dict[str, Way] = {
     "encode_live": Way(ours, ("encode", False)),
     "encode_live, 2 workers": Way(ours, ("encode", False, 2)),
     "memory": Way(ours, ("memory",)),
+    "in_batch": Way(ours, ("in_batch",)),
     "theirs, whole": Way(theirs),
     "theirs, whole, 2 workers": Way(theirs, (2,)),
     "theirs, halves": Way(theirs, (0, True)),

@@ -26,7 +26,7 @@ def prepared(tmp_path_factory):
 
 
 def test_the_whole_run_prints_tables_and_writes_every_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = ("encode", "memory", "theirs, halves")
+    few = ("encode", "memory", "in_batch", "theirs, halves")
     monkeypatch.setattr(bench, "WAYS", {name: bench.WAYS[name] for name in few})
     app = typer.Typer()
     app.command()(bench.main)
@@ -42,7 +42,7 @@ def test_the_whole_run_prints_tables_and_writes_every_way(tmp_path: Path, monkey
         assert 0 <= way["waiting_share"] < 1
         assert way["bytes"] > way["bytes_above"]
     encoded = [figures["ways"][name]["items_per_query"] for name in few]
-    assert encoded[1] <= 1 < encoded[0] < encoded[2] == 10
+    assert encoded[1] == encoded[2] == 1 < encoded[0] < encoded[3] == 10
     assert figures["bare"]["loop_bare_ms"] > 0
     assert figures["bare"]["loop_overhead_wall"] > -1
 
@@ -142,11 +142,11 @@ def test_a_query_that_lacks_its_positive_or_a_negative_stops_it(prepared) -> Non
     folder, corpus = prepared
     _, batches = bench.our_parts(folder, corpus, SIZES)
     step = batches[0]
-    bench.check(step, SIZES)
+    bench.check(step, SIZES.negatives)
     grid = step.grids["t2i"]
     for lost, said in ((grid.positive, "lacks its positive"), (~grid.positive, "negatives, not 8")):
         teacher = grid.teacher.clone()
         teacher[0, lost[0]] = torch.nan
         broken = replace(step, grids={**step.grids, "t2i": replace(grid, teacher=teacher)})
         with pytest.raises(AssertionError, match=f"step 0, t2i: a query .*{said}"):
-            bench.check(broken, SIZES)
+            bench.check(broken, SIZES.negatives)
