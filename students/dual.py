@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerFast
 
+_PADDED = 1.25  # places of a batch of texts to one that holds a token, from which on it is cut into parts
+_LEAST_PART, _MOST_PARTS = 64, 8
+
 
 class DualEncoder(nn.Module):
     """Unit vectors for images and texts from a stock model with, where asked for, other pooling and heads.
@@ -197,7 +200,7 @@ class DualEncoder(nn.Module):
         Of a frozen tower what ``freeze`` gave is taken in place of prepared inputs.
         """
         image = None if images is None else self._read("image", images)
-        text = None if texts is None else self._read("text", texts)
+        text = None if texts is None else self._read_texts(texts)
         return Embeddings(
             images=None if image is None else self._embed("image", image),
             texts=None if text is None else self._embed("text", text),
@@ -307,6 +310,20 @@ class DualEncoder(nn.Module):
             if side == "image":
                 return read_images(self.model, inputs, self.options, prefix=self.layout.prefix)
             return read_texts(self.model, inputs, self.options, names=self.text_inputs.names)
+
+    def _read_texts(self, texts: Inputs) -> Reading:
+        """In parts of like length where a batch would be padding in good part."""
+        mask = texts.get("attention_mask")
+        if "pooled" in texts or mask is None or torch.compiler.is_compiling() or self._is_sharded:
+            return self._read("text", texts)
+        if _PADDED * int(mask.sum()) >= mask.numel():
+            return self._read("text", texts)
+        return by_length(partial(self._read, "text"), texts, part=max(_LEAST_PART, -(-len(mask) // _MOST_PARTS)))
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether processes hold parts of the weights: then all must call a tower equally often, whatever they read."""
+        return hasattr(self.model.logit_scale, "device_mesh")
 
     def _embed(self, side: Side, seen: Reading) -> Tensor:
         rate = self.options.image_input_dropout if side == "image" else self.options.text_input_dropout

@@ -384,3 +384,40 @@ def test_frozen_texts_read_in_parts_by_length_are_those_read_at_once():
     assert torch.equal(parts.pooled, whole.pooled)
     assert torch.equal(parts.tokens, whole.tokens)
     assert torch.equal(parts.mask, whole.mask)
+
+
+@pytest.mark.parametrize("family", ["clip", "vit"])
+def test_a_batch_of_texts_that_would_be_mostly_padding_is_read_in_parts(
+    make, family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("students.dual._LEAST_PART", 8)
+    student = make(family)
+    texts = student.prepare_texts([TEXTS[0]] * 30 + [" ".join([*TEXTS] * 4)] * 2)
+    seen: list[torch.Size] = []
+    student.model.text_model.register_forward_pre_hook(
+        lambda _, args, named: seen.append(named["input_ids"].shape), with_kwargs=True
+    )
+
+    def gradients() -> dict[str, torch.Tensor]:
+        student.zero_grad()
+        vectors = student(None, texts).texts
+        (vectors * torch.arange(vectors.numel()).reshape(vectors.shape).cos()).sum().backward()
+        return {name: weight.grad.clone() for name, weight in student.named_parameters() if weight.grad is not None}
+
+    in_parts = gradients()
+    assert [rows for rows, _ in seen] == [8] * 4
+    assert sum(rows * length for rows, length in seen) < 0.6 * texts["input_ids"].numel()
+    monkeypatch.setattr("students.dual._PADDED", 1e9)
+    whole = gradients()
+    assert len(seen) == 5
+    assert in_parts.keys() == whole.keys()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(in_parts[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_texts_of_like_length_are_read_at_once(make) -> None:
+    student = make("clip")
+    seen: list[int] = []
+    student.model.text_model.register_forward_pre_hook(lambda *_: seen.append(1))
+    student(None, student.prepare_texts([TEXTS[0]] * 200))
+    assert len(seen) == 1
