@@ -17,9 +17,6 @@ from distill.durable import staged_folder, sweep_temporaries
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import nn
-    from torch.optim import Optimizer
-
 _NAME = re.compile(r"^step-(\d{9})$")
 _MARKER = "complete.json"
 
@@ -43,8 +40,8 @@ def save_checkpoint(
     folder: Path,
     *,
     step: int,
-    model: nn.Module,
-    optimizer: Optimizer,
+    model: Stateful,
+    optimizer: Stateful,
     meaning: str,
     others: Others | None = None,
     keep: int = 1,
@@ -71,7 +68,7 @@ def save_checkpoint(
     return final
 
 
-def _write(staged: Path, model: nn.Module, optimizer: Optimizer, others: Others) -> None:
+def _write(staged: Path, model: Stateful, optimizer: Stateful, others: Others) -> None:
     import torch
     from safetensors.torch import save_file
 
@@ -107,7 +104,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def load_checkpoint(
-    checkpoint: Path, *, model: nn.Module, optimizer: Optimizer, meaning: str | None, others: Others | None = None
+    checkpoint: Path, *, model: Stateful, optimizer: Stateful, meaning: str | None, others: Others | None = None
 ) -> int:
     """Restore everything a checkpoint holds; returns the steps done.
 
@@ -142,14 +139,14 @@ def load_checkpoint(
     return int(marker["step"])
 
 
-def load_weights(checkpoint: Path, model: nn.Module) -> None:
+def load_weights(checkpoint: Path, model: Stateful) -> None:
     """The weights alone, for a model that is to be used rather than trained on."""
     from safetensors.torch import load_file
 
     model.load_state_dict(load_file(checkpoint / "model.safetensors"))
 
 
-def _named(model: nn.Module) -> list[tuple[str, Any]]:
+def _named(model: Stateful) -> list[tuple[str, Any]]:
     """Weights by name, shared storage written once a name (safetensors refuses aliases)."""
     return [(name, tensor.detach().cpu().clone()) for name, tensor in model.state_dict().items()]
 

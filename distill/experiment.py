@@ -102,6 +102,9 @@ class Experiment:
         import torch
         from accelerate import Accelerator, InitProcessGroupKwargs
 
+        from distill import sharding
+
+        sharding.settle()
         train, launched = self.recipe.train, int(os.environ.get("WORLD_SIZE", "1"))
         made = Accelerator(
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],

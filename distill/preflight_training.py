@@ -18,13 +18,16 @@ def check_means(x: Experiment) -> None:
     """Refuse what the student or the machine cannot do.
 
     Raises:
-        ExperimentError: what is asked for, why it cannot be, and what to do instead.
+        ExperimentError, ShardingError: what is asked for, why it cannot be, and what to do instead.
     """
+    from distill.sharding import check_sharding
+
     if x.recipe.mine.ahead and x.ranks.count > 1:
         raise ExperimentError(
             f"mine.ahead is {x.recipe.mine.ahead}: a second process mines beside one that trains, but {x.ranks.count} "
             "train: set it to 0, and they mine together when a round has ended"
         )
+    check_sharding(x.accelerator, compiles=x.recipe.train.compile)
     if x.recipe.train.gradient_checkpointing:
         _check_recomputing(x)
     if x.recipe.train.compile:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from distill.data.matches import ragged_ranges
 from distill.inference import device_of
+from distill.sharding import whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -94,7 +95,7 @@ class SlowCopy(nn.Module):
         theirs, own = dict(student.named_parameters()), dict(self.model.named_parameters())
         with torch.no_grad():
             for name in self._moving:
-                own[name].mul_(decay).add_(theirs[name], alpha=1 - decay)
+                own[name].mul_(decay).add_(whole(theirs[name]), alpha=1 - decay)
             for mine, buffer in zip(self.model.buffers(), student.buffers(), strict=True):
                 mine.copy_(buffer)
 

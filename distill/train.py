@@ -32,6 +32,7 @@ from distill.profiling import UNPROFILED, Profiler, traced
 from distill.progress import Progress
 from distill.protocols import SIDES, Direction, Embeddings, Scored
 from distill.ranks import RandomStates, Ranks
+from distill.sharding import Whole, average_scalars, give_back, trained_of
 from distill.slow_copy import MomentumSettings
 from distill.timings import Timings
 from distill.tracking import Tracking
@@ -128,9 +129,11 @@ def train(
     """
     ranks, timings = Ranks(accelerator), timings or Timings()
     checkpoints = folder / "checkpoints"
-    optimizer = make_optimizer(student, settings)
     companion = Companion(student, phase.losses.needs, phase.momentum)
-    model, prepared = accelerator.prepare(student, optimizer)
+    trained = trained_of(student, accelerator)
+    optimizer = make_optimizer(trained, settings)
+    model, prepared = accelerator.prepare(trained, optimizer)
+    weights, moments = Whole(accelerator.unwrap_model(model), ranks), Whole(optimizer, ranks)
     meter = Meter(folder / "metrics.jsonl" if ranks.first else None, settings.log_every)
     randoms = RandomStates(ranks, accelerator.device)
     others = {
@@ -140,19 +143,18 @@ def train(
         "randoms": randoms,
     }
     done = latest_checkpoint(checkpoints)
-    plain = accelerator.unwrap_model(model)
-    start = _restore([done, start_from], plain, optimizer, phase, others)
+    start = _restore([done, start_from], weights, moments, phase, others)
     tracking = Tracking(accelerator, folder, lost=meter.begin(start))
     if start == 0:
         # whatever was computed before, the first step finds the same random state, each process its own
         set_seed(settings.seed, device_specific=True)
     batches = replace(phase.batches, share=(ranks.index, ranks.count))
-    weights = list(model.parameters())
-    model.train()  # once, as ``weights`` and ``plain``: a walk through all modules in every step is not free
+    plain, parameters = accelerator.unwrap_model(model), list(model.parameters())
+    model.train()  # once, as these two: a walk through all modules in every step is not free
     with (
         stopping.finishing(),
         reproducible(accelerator.device),
-        compiled(student, wanted=settings.compile),
+        compiled(trained, wanted=settings.compile),
         Progress(phase.stop - start, f"train {folder.name}", unit="steps") as bar,
         (profiler or UNPROFILED).over(folder, start, writes=ranks.first) as step_done,
     ):
@@ -175,8 +177,10 @@ def train(
                 with traced("backward"):
                     accelerator.backward(loss.total)
                     loss.encoded.finish()
+                    if trained is not student:
+                        average_scalars(trained, ranks)
             with traced("clip"):
-                norm = accelerator.clip_grad_norm_(weights, settings.grad_clip)
+                norm = accelerator.clip_grad_norm_(parameters, settings.grad_clip)
                 _check_gradient(norm, batch, accelerator)
             with traced("optimizer"):
                 companion.step(settings.lr_at(batch.step) / settings.lr, accelerator.scaler)  # before fp16's scale
@@ -192,14 +196,15 @@ def train(
             finished = batch.step + 1
             told = ranks.most(stopping.told())
             if finished == phase.stop or finished % settings.checkpoint_every == 0 or told:
-                randoms.gather()
+                for gathered in (weights, moments, randoms):
+                    gathered.gather()
                 if ranks.first:
                     with traced("checkpoint"), timings.stage("checkpoint"):
                         save_checkpoint(
                             checkpoints,
                             step=finished,
-                            model=plain,
-                            optimizer=optimizer,
+                            model=weights,
+                            optimizer=moments,
                             meaning=phase.meaning,
                             others=others,
                             keep=settings.keep_checkpoints,
@@ -212,6 +217,7 @@ def train(
         stopping.heed(ranks.most(stopping.told()))
     if done is None:
         raise TrainingError(f"{folder}: nothing to train: the phase ends at step {phase.stop} and starts at {start}")
+    give_back(trained, student, accelerator.device)
     accelerator.free_memory()
     return done
 
@@ -232,7 +238,7 @@ def _memory_advice(batch: StepBatch, settings: TrainSettings, processes: int) ->
         ) from error
 
 
-def _restore(restored: list[Path | None], model: nn.Module, optimizer: Any, phase: Phase, others: Others) -> int:
+def _restore(restored: list[Path | None], model: Whole, optimizer: Whole, phase: Phase, others: Others) -> int:
     """Steps done: from this phase's own newest checkpoint, else from the end of the phase before, else 0."""
     own, before = restored
     if own is not None and step_of(own) > phase.start:  # else it is the end of the phase before

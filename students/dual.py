@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image as Pillow
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import dropout, normalize
 
 from distill.protocols import SIDES, Embeddings, Image, Inputs, Side, fingerprint, weights_fingerprint
@@ -204,7 +205,7 @@ class DualEncoder(nn.Module):
         return Embeddings(
             images=None if image is None else self._embed("image", image),
             texts=None if text is None else self._embed("text", text),
-            scale=self.model.logit_scale.float().exp().clamp(max=MAX_SCALE).reshape(()),
+            scale=self.model.logit_scale.float().exp().clamp(max=MAX_SCALE).sum(),  # of one number; no view: FSDP warns
             attention=None if attention_pairs is None else self._maps(image, text, attention_pairs),
         )
 
@@ -323,7 +324,7 @@ class DualEncoder(nn.Module):
     @property
     def _is_sharded(self) -> bool:
         """Whether processes hold parts of the weights: then all must call a tower equally often, whatever they read."""
-        return hasattr(self.model.logit_scale, "device_mesh")
+        return isinstance(self, FSDPModule)
 
     def _embed(self, side: Side, seen: Reading) -> Tensor:
         rate = self.options.image_input_dropout if side == "image" else self.options.text_input_dropout

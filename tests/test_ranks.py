@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,9 @@ RUN = Path("runs") / "quickstart"
 LITTLE_MEMORY = ("train.micro_batch=5", "train.gradient_checkpointing=true")
 
 
-def launch(folder: Path, count: int, *settings: str) -> list[subprocess.Popen[str]]:
+def launch(
+    folder: Path, count: int, *settings: str, module: str = "distill", environment: Mapping[str, str] | None = None
+) -> list[subprocess.Popen[str]]:
     """The run in so many processes, as a launcher starts them."""
     folder.mkdir(exist_ok=True)
     with socket.socket() as free:
@@ -39,12 +42,13 @@ def launch(folder: Path, count: int, *settings: str) -> list[subprocess.Popen[st
     several = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if count > 1 else {}
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "distill", "run", "quickstart", "--resume", *overrides],
+            [sys.executable, "-m", module, "run", "quickstart", "--resume", *overrides],
             cwd=folder,
             env={
                 **os.environ,
                 "PYTHONPATH": str(ROOT),
                 "OMP_NUM_THREADS": "1",
+                **(environment or {}),
                 **several,
                 **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}),
             },
