@@ -104,9 +104,9 @@ def whole(tensor: Tensor) -> Tensor:
     return found
 
 
-def average_scalars(model: nn.Module, ranks: Ranks) -> None:
+def average_scalars(trained: nn.Module, student: nn.Module, ranks: Ranks) -> None:
     """Gradients of what every process keeps for itself: the same in all but for rounding, and then the same."""
-    for weight in model.parameters():
+    for weight in trained.parameters() if trained is not student else ():
         if weight.grad is not None and not _is_spread(weight):
             dist.all_reduce(weight.grad)
             weight.grad /= ranks.count

@@ -177,8 +177,7 @@ def train(
                 with traced("backward"):
                     accelerator.backward(loss.total)
                     loss.encoded.finish()
-                    if trained is not student:
-                        average_scalars(trained, ranks)
+                    average_scalars(trained, student, ranks)
             with traced("clip"):
                 norm = accelerator.clip_grad_norm_(parameters, settings.grad_clip)
                 _check_gradient(norm, batch, accelerator)
