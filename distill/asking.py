@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distill.batches import PairScores
+from distill.durable import append_line
 from distill.maps import PairMaps, write_maps
 from distill.protocols import Candidates, Direction, Ids
 
@@ -68,9 +68,7 @@ def note_what_is_asked(
         "teacher/served_from_store": len(image_ids) - asked,
         **beside,
     }
-    metrics.parent.mkdir(parents=True, exist_ok=True)
-    with metrics.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    append_line(metrics, line)
 
 
 def warn_of_odd_scores(pairs: Any, known: PairScores, mined: Mapping[Direction, Candidates], losses: Weighted) -> None:

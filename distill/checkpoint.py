@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
 import re
 import shutil
@@ -17,6 +18,8 @@ from distill.durable import staged_folder, sweep_temporaries
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+
+log = logging.getLogger(__name__)
 _NAME = re.compile(r"^step-(\d{9})$")
 _MARKER = "complete.json"
 
@@ -56,15 +59,17 @@ def save_checkpoint(
         meaning: fingerprint of everything that decides the rest of the training; checked on load.
         others: what else has a state, by name: fp16's gradient scaler, what goes with the student; None is passed over.
         keep: complete checkpoints left when done, this one counted.
+
+    Raises:
+        NotWrittenError: no room, or not writable; earlier checkpoints are whole.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     sweep_temporaries(folder)
     final = checkpoint_of(folder, step)
     with staged_folder(final) as staged:
         _write(staged, model, optimizer, others or {})
         hashes = {path.name: _hash(path) for path in sorted(staged.iterdir())}
         (staged / _MARKER).write_text(json.dumps({"step": step, "meaning": meaning, "sha256": hashes}, indent=1))
-    _prune(folder, keep)
+    _prune(folder, keep, step)
     return final
 
 
@@ -73,15 +78,14 @@ def _write(staged: Path, model: Stateful, optimizer: Stateful, others: Others) -
     from safetensors.torch import save_file
 
     save_file({name: tensor.contiguous() for name, tensor in _named(model)}, staged / "model.safetensors")
-    torch.save(
-        {
-            "optimizer": optimizer.state_dict(),
-            **{name: other.state_dict() for name, other in others.items() if other is not None},
-            "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        },
-        staged / "trainer.pt",
-    )
+    state = {
+        "optimizer": optimizer.state_dict(),
+        **{name: other.state_dict() for name, other in others.items() if other is not None},
+        "torch_rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+    with (staged / "trainer.pt").open("wb") as file:  # given a path, torch does not say why it could not write
+        torch.save(state, file)
     (staged / "rng.json").write_text(json.dumps({"python": random.getstate(), "numpy": _numpy_state()}))
 
 
@@ -91,11 +95,14 @@ def checkpoint_of(folder: Path, step: int) -> Path:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; torn and staged ones are passed over."""
+    """The newest complete checkpoint; staged ones are passed over, and torn ones with a warning."""
     if not folder.is_dir():
         return None
-    found = sorted((path for path in folder.iterdir() if _NAME.match(path.name)), reverse=True)
-    return next((path for path in found if _is_complete(path)), None)
+    for path in sorted((path for path in folder.iterdir() if _NAME.match(path.name)), reverse=True):
+        if _is_complete(path):
+            return path
+        log.warning("%s is damaged: its files are not those that were written; an earlier one is taken", path)
+    return None
 
 
 def step_of(checkpoint: Path) -> int:
@@ -176,7 +183,9 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _prune(folder: Path, keep: int) -> None:
-    complete = sorted((path for path in folder.iterdir() if _NAME.match(path.name)), reverse=True)
+def _prune(folder: Path, keep: int, step: int) -> None:
+    """Later ones than ``step``, which has just been written, were found damaged: they count for nothing."""
+    newest = checkpoint_of(folder, step).name
+    complete = sorted((p for p in folder.iterdir() if _NAME.match(p.name) and p.name <= newest), reverse=True)
     for path in complete[max(1, keep) :]:
         shutil.rmtree(path, ignore_errors=True)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from distill.durable import size_of
+
 if TYPE_CHECKING:
     from pathlib import Path
     from typing import BinaryIO
@@ -44,7 +46,7 @@ class _Column:
         self.dtype, self.tail, self.length = dtype, tail, 0
 
     def append(self, array: Array) -> None:
-        np.ascontiguousarray(array, self.dtype).tofile(self._file)
+        self._file.write(np.ascontiguousarray(array, self.dtype).data)  # ``tofile`` does not say why it failed
         self.length += len(array)
 
     def finish(self) -> None:
@@ -159,8 +161,8 @@ class FeatureWriter:
         needed, free = used / n_rows * (len(self._rows) - n_rows), shutil.disk_usage(self._folder).free
         if needed > free:
             raise OSError(
-                f"{len(self._rows)} items need about {needed / 1e9:.1f} GB at {self._folder.parent}, which has "
-                f"{free / 1e9:.1f} GB free; free some, choose another cache folder, or store float16"
+                f"{len(self._rows)} items need about {size_of(needed)} more at {self._folder.parent}, which has "
+                f"{size_of(free)} free; make room, choose another cache folder (--set cache=...), or store float16"
             )
 
     def _save(self, name: str, array: Array) -> None:

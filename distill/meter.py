@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from distill.durable import append_line, write_atomically
+
 if TYPE_CHECKING:
     from distill.batches import StepBatch
 
@@ -19,8 +21,6 @@ class Meter:
 
     def __init__(self, path: Path | None, log_every: int) -> None:
         """``path``: of the lines; None in a process that writes none."""
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
         self._path, self._log_every = path, log_every
         self._clear()
 
@@ -74,8 +74,7 @@ class Meter:
             "waiting_share": self._waited / seconds,
         }
         if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": batch.step + 1, **line}) + "\n")
+            append_line(self._path, {"step": batch.step + 1, **line})
         self._clear()
         return line
 
@@ -97,5 +96,5 @@ def _drop_lines_from(path: Path, start: int) -> int:
             kept.append(line)
         else:
             lost = max(lost, step)
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    write_atomically(path, lambda file: file.write("".join(f"{line}\n" for line in kept).encode()))
     return lost

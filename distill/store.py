@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distill.durable import exclusively, sweep_temporaries
+from distill.durable import exclusively, sweep_temporaries, writing
 from distill.pairtable import (
     empty_table,
     find_first,
@@ -89,7 +89,8 @@ class ScoreStore:
         self._about = asdict(self.origin)
         self._root, self._overlay_pairs = Path(folder), overlay_pairs
         self.folder = self._root / teacher_identity / corpus_fingerprint
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = threading.RLock()
         self._base = no_table()
         self._fresh: dict[str, tuple[Stamp, Part]] = {}  # units that the base lacks

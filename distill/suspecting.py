@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from distill.durable import append_line
 from distill.false_negatives import (
     Judged,
     Likeness,
@@ -136,8 +136,5 @@ def _note(found: Found, stretch: Stretch, metrics: Path) -> None:
 
 def _append(line: dict[str, float], metrics: Path, *, marker: str) -> None:
     """One line of a round, unless it is there from when the round was begun before."""
-    if metrics.exists() and f'"round": {line["round"]}, {marker}' in metrics.read_text(encoding="utf-8"):
-        return
-    metrics.parent.mkdir(parents=True, exist_ok=True)
-    with metrics.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    if not metrics.exists() or f'"round": {line["round"]}, {marker}' not in metrics.read_text(encoding="utf-8"):
+        append_line(metrics, line)

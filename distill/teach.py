@@ -12,7 +12,6 @@ then the hardest.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -28,6 +27,7 @@ from accelerate.utils import set_seed
 from distill import stopping
 from distill.batches import Batches, StepBatch
 from distill.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from distill.durable import append_line
 from distill.inference import reproducible, to_device
 from distill.losses.contrastive import Contrastive
 from distill.profiling import UNPROFILED, Profiler, traced
@@ -279,7 +279,5 @@ def _draw(logits: Tensor, positive: Tensor, generator: torch.Generator) -> Tenso
 
 
 def _log_line(folder: Path, step: int, **values: float) -> None:
-    line = {"step": step, **values}
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    append_line(folder / "metrics.jsonl", {"step": step, **values})
     log.info("teach step %d: contrastive %.3f, pair %.3f, accuracy %.3f", step, *list(values.values())[:3])

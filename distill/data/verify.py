@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from distill.data.pictures import DataError, UnreadableImageError, decode_image
+from distill.durable import sweep_temporaries, write_atomically
 from distill.protocols import fingerprint
 
 Progress = Callable[[int, int], None]
@@ -60,20 +60,12 @@ class VerdictFile:
         self._changed = True
 
     def save(self) -> None:
-        """Writes what is new: to a temporary name, synced, then renamed."""
+        """Writes what is new, whole or not at all."""
         if self._path is None or not self._changed:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=self._path.parent, prefix=self._path.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as target:
-                json.dump({**self._head, "verdicts": self._known}, target)
-                target.flush()
-                os.fsync(target.fileno())
-            os.replace(temporary, self._path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        content = json.dumps({**self._head, "verdicts": self._known}).encode()
+        write_atomically(self._path, lambda file: file.write(content))
+        sweep_temporaries(self._path.parent)
         self._changed = False
 
     def _read(self) -> dict[str, list[Any]]:
