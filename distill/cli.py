@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from distill.recipe.experiment import Recipe
     from distill.timings import Timings
 
+# What gloo and NCCL say in a process when another one has ended.
+_LOST = re.compile(r"gloo.*(closed by peer|reset by peer|Broken pipe|timed out)|ncclRemoteError", re.IGNORECASE)
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -92,7 +95,7 @@ def mine(
         arm, _, number = ahead.rpartition(":")
         mine_ahead(_open(recipe, overrides), arm, int(number))
         return
-    x = _begin(recipe, overrides, resume=True)
+    x = _begin(recipe, overrides, resume=True, arms=[])
     with _timed(x):
         for direction, found in first_candidates(x).items():
             there = int((found.item_ids >= 0).sum())
@@ -104,7 +107,7 @@ def score(recipe: RecipeName, overrides: Overrides = []) -> None:  # noqa: B006
     """Ask the teacher for the scores of the first round's candidates; what the store has is not asked again."""
     from distill.pipeline import first_scores
 
-    x = _begin(recipe, overrides, resume=True)
+    x = _begin(recipe, overrides, resume=True, arms=[])
     with _timed(x):
         known = first_scores(x)
         typer.echo(f"{len(known.keys)} pairs scored by {x.scorer.score_kind}; store: {x.scorer.where}")
@@ -121,7 +124,7 @@ def train(
     """Train one arm or all, with what has to come before."""
     from distill.pipeline import trained_arm
 
-    x = _begin(recipe, overrides, resume=resume, profile=profile)
+    x = _begin(recipe, overrides, resume=resume, arms=[arm] if arm else None, profile=profile)
     if arm and arm not in x.recipe.arms:
         raise typer.BadParameter(f"no arm {arm!r}; the recipe has {', '.join(x.recipe.arms)}", param_hint="--arm")
     with _timed(x):
@@ -134,7 +137,7 @@ def evaluate(recipe: RecipeName, overrides: Overrides = []) -> None:  # noqa: B0
     """Evaluate the run's trained students and the teacher; writes the summary and the pictures."""
     from distill.results import finish
 
-    x = _begin(recipe, overrides, resume=True)
+    x = _begin(recipe, overrides, resume=True, arms=[])
     missing = [name for name in x.recipe.arms if not (x.folder / "arms" / name / "student").is_dir()]
     if missing:
         raise typer.BadParameter(
@@ -153,9 +156,12 @@ def search(
     out: Annotated[Path | None, typer.Option("--out", help="PNG to write; in the run's folder when absent")] = None,
 ) -> None:
     """Search the run's test items with a student, and write a contact sheet."""
+    from distill.preflight import check_data
     from distill.show import search as find
 
-    lines, sheet = find(_open(str(_recipe_of(run)), []), query, arm=arm, top=top, out=out)
+    x = _open(str(_recipe_of(run)), [])
+    check_data(x)
+    lines, sheet = find(x, query, arm=arm, top=top, out=out)
     typer.echo("\n".join(lines))
     typer.echo(f"picture: {sheet}")
 
@@ -168,9 +174,12 @@ def false_negatives(
 ) -> None:
     """The run's candidates that the teacher puts above the labelled match: a table, and a page to review them."""
     from distill.false_negatives_review import review
+    from distill.preflight import check_data
 
     here = [f"runs={run.resolve().parent}", f"name={run.resolve().name}", "train.trackers=[]"]
-    lines, folder = review(_open(str(_recipe_of(run)), here), margin=margin, top=top)
+    x = _open(str(_recipe_of(run)), here)
+    check_data(x)
+    lines, folder = review(x, margin=margin, top=top)
     typer.echo("\n".join(lines))
     typer.echo(f"page: {folder / 'index.html'}, pairs: {folder / 'pairs.csv'}")
 
@@ -219,8 +228,19 @@ def main() -> None:
     except (ValueError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
         if os.environ.get("DISTILL_TRACEBACK"):
             raise
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(_said(error), err=True)
         _end(2)
+
+
+def _said(error: Exception) -> str:
+    """An error for people; of several processes, which one says it."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        return f"error: {error}"
+    who = f"error in process {os.environ.get('RANK', '0')} of {count}"
+    if _LOST.search(str(error)):
+        return f"{who}: it lost another one, whose own message says why"
+    return f"{who}: {error}"
 
 
 def _end(code: int) -> NoReturn:
@@ -268,14 +288,22 @@ def _recipe_of(run: Path) -> Path:
     return found
 
 
-def _begin(name: str, overrides: list[str], *, resume: bool, profile: str = "") -> Experiment:
-    """The experiment of a recipe, checked as far as can be before any work, with its run folder claimed."""
+def _begin(
+    name: str, overrides: list[str], *, resume: bool, arms: list[str] | None = None, profile: str = ""
+) -> Experiment:
+    """The experiment of a recipe, checked as far as can be before any work, with its run folder claimed.
+
+    ``arms``: that may be trained; None = all.
+    """
     from distill.preflight import check, claim
+    from distill.room import check_folders, check_room
 
     x = _open(name, overrides, profile=profile)
+    check_folders(x)
     x.corpus  # noqa: B018  (read before the check that reads it, so that each has its own time)
     with x.timings.stage("check"):
         check(x)
+        check_room(x, arms=arms)
     x.ranks.work_alone(lambda: claim(x, resume=resume))
     return x
 

@@ -95,10 +95,12 @@ def _plan(opening: Opening, base: Experiment, losses: list[str], *, seeds: int, 
     from distill.pipeline import taught_teacher
     from distill.preflight import check, claim
     from distill.recipe.comparison import comparison_recipe, describe, seed_recipe
+    from distill.room import check_folders, check_room
 
     recipe, plain = comparison_recipe(base.recipe, losses)
     folder = out or recipe.runs / f"{recipe.name}-compare"
     x = opening.of(recipe)
+    check_folders(x)
     x.timings = base.timings  # one clock for the whole command
     with x.timings.stage("check"):
         check(x)
@@ -108,7 +110,10 @@ def _plan(opening: Opening, base: Experiment, losses: list[str], *, seeds: int, 
         own = seed_recipe(recipe, seed, folder=folder, teacher=teacher)
         runs[seed] = opening.of(own.model_copy(update={"arms": _earlier_arms(own.folder) | own.arms}))
         runs[seed].timings = base.timings
-        claim(runs[seed], resume=True)
+        runs[seed].corpus = x.corpus  # the same in all
+    check_room(*runs.values())
+    for run in runs.values():
+        claim(run, resume=True)
     return Plan(runs, {name: describe(arm) for name, arm in recipe.arms.items()}, plain)
 
 

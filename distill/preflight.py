@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from distill.durable import write_atomically
+from distill.data.changes import note_or_compare
+from distill.durable import sweep_temporaries, write_atomically
 from distill.preflight_training import check_means
 from distill.protocols import DIRECTIONS, ContrastiveTeachable, MapsTeacher, TeachableTeacher
 from distill.recipe.load import dump
@@ -23,6 +24,7 @@ _FREE = {
     "train.keep_checkpoints", "train.trackers", "evaluate.batch_size", "teacher.compile",
     "train.gradient_checkpointing", "train.compile",
 }  # fmt: skip
+CORPUS = "corpus.npz"  # in the run's folder: what data it was begun with
 
 
 class PreflightError(ValueError):
@@ -228,11 +230,24 @@ def _check_followed(where: str, part: Any, widths: dict[int, int], student_width
         )
 
 
+def check_data(x: Experiment) -> None:
+    """Refuse to read a run beside other data than it was begun with.
+
+    Raises:
+        ChangedDataError: with what differs.
+    """
+    if (x.folder / CORPUS).is_file():
+        note_or_compare(x.corpus, x.folder / CORPUS)
+
+
 def claim(x: Experiment, *, resume: bool) -> None:
-    """Take the run's folder: a new one, or with ``resume`` one that was begun with the same recipe.
+    """Take the run's folder: a new one, or with ``resume`` one that was begun with the same recipe and data.
+
+    What killed processes left half written in it goes.
 
     Raises:
         PreflightError: the folder holds a run already, or one that means something else (with the differing keys).
+        ChangedDataError: the run was begun with other data (with what differs).
     """
     path = x.folder / "recipe.yaml"
     text = dump(x.recipe)
@@ -243,7 +258,13 @@ def claim(x: Experiment, *, resume: bool) -> None:
                 "or delete the folder"
             )
         _check_same(yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(text), path)
+        note_or_compare(x.corpus, x.folder / CORPUS)
         log.info("resuming %s: finished stages are taken from there", x.folder)
+        for folder in [x.folder, *(path for path in x.folder.rglob("*") if path.is_dir())]:
+            sweep_temporaries(folder)
+    else:
+        (x.folder / CORPUS).unlink(missing_ok=True)  # of a run that was killed before it had begun
+        note_or_compare(x.corpus, x.folder / CORPUS)
     write_atomically(path, lambda file: file.write(text.encode()))
 
 

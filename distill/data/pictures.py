@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -121,7 +122,7 @@ class Pictures:
 
         Raises:
             IndexError: A row is outside the table.
-            DataError: A file is gone or no longer readable.
+            DataError: A file is gone, no longer readable, or holds something else than when the corpus was loaded.
         """
         wanted = [int(row) for row in rows]
         if wanted and (min(wanted) < 0 or max(wanted) >= len(self)):
@@ -135,11 +136,17 @@ class Pictures:
         data, path = cell["bytes"], cell["path"]
         try:
             content = data if isinstance(data, bytes) else Path(str(path)).read_bytes()
-            return decode_image(content, max_pixels=self.max_pixels)
+            image = decode_image(content, max_pixels=self.max_pixels)
+            if not isinstance(data, bytes) and hashlib.sha256(content).hexdigest() != self.fingerprints[row]:
+                raise UnreadableImageError("it is another picture")
+            return image
         except (OSError, UnreadableImageError) as error:
+            where = "" if isinstance(data, bytes) else f", {path!s}"
+            said = error.strerror if isinstance(error, OSError) else error
             raise DataError(
-                f"image {self.names[row]!r} (row {row}) was readable when the corpus was loaded and is not now: "
-                f"{error}. Put the file back, or load the corpus again"
+                f"image {self.names[row]!r} (row {row}{where}) is not what it was when the corpus was loaded: {said}. "
+                "Put the file back as it was and go on (run and train: with --resume); a corpus without it, or with "
+                "what it is now, is another one: give that run another name with --set name=..."
             ) from error
 
 

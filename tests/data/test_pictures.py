@@ -1,5 +1,6 @@
 """From file bytes to RGB pixels."""
 
+import hashlib
 from io import BytesIO
 
 import numpy as np
@@ -91,7 +92,7 @@ def test_rows_are_decoded_on_demand_and_in_order(tmp_path):
     for number in range(3):
         paths.append(tmp_path / f"{number}.png")
         paths[-1].write_bytes(encoded(number))
-    names, prints = ["a", "b", "c"], ["x", "y", "z"]
+    names, prints = ["a", "b", "c"], [hashlib.sha256(encoded(n)).hexdigest() for n in range(3)]
     for made in (
         pictures_of_paths(paths, names=names, fingerprints=prints),
         pictures_of_bytes((encoded(n) for n in range(3)), names=names, fingerprints=prints),
@@ -107,13 +108,20 @@ def test_rows_are_decoded_on_demand_and_in_order(tmp_path):
 def test_a_file_that_changes_later_is_named(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(encoded(0))
-    made = pictures_of_paths([path], names=["first"], fingerprints=["x"])
-    path.write_bytes(b"")
-    with pytest.raises(DataError, match=r"image 'first' \(row 0\) was readable when .*0 bytes.*load the corpus again"):
-        made.load(np.asarray([0]))
-    path.unlink()
-    with pytest.raises(DataError, match=r"image 'first' \(row 0\).*No such file"):
-        made.load(np.asarray([0]))
+    made = pictures_of_paths([path], names=["first"], fingerprints=[hashlib.sha256(encoded(0)).hexdigest()])
+    for content, said in (
+        (b"", "0 bytes"),
+        (b"junk", "not an image"),
+        (encoded(1), "another picture"),
+        (None, "No such"),
+    ):
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.raises(
+            DataError, match=rf"image 'first' \(row 0, .*a.png\) is not what it was .*{said}.*Put the file"
+        ):
+            made.load(np.asarray([0]))
+    path.write_bytes(encoded(0))
+    assert len(made.load(np.asarray([0]))) == 1
 
 
 def test_lengths_must_agree():
