@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +24,7 @@ from distill.compiling import compiled
 from distill.encoding import Encoded, encode, with_remembered
 from distill.extras import extras_of_direction, extras_of_step
 from distill.inference import reproducible, to_device
+from distill.loading import LoadingError, load, worker_advice
 from distill.losses.combine import NonFiniteLossError, Weighted
 from distill.meter import Meter
 from distill.profiling import UNPROFILED, Profiler, traced
@@ -38,6 +37,7 @@ from distill.timings import Timings
 from distill.tracking import Tracking
 
 log = logging.getLogger(__name__)
+_LEAST_SCALE = 2.0**-14  # of fp16's loss: 30 steps in a row left out from where it starts, and no good one of 2000
 
 
 class TrainingError(RuntimeError):
@@ -125,7 +125,9 @@ def train(
         profiler: records a window of the steps, if it has one.
 
     Raises:
-        TrainingError: a loss, embedding or teacher score is not finite; the message names the ids.
+        TrainingError: a loss, embedding, gradient, weight or teacher score is not finite; names step and ids.
+        LoadingError: a batch could not be made, or a worker was killed; the steps before are kept.
+        NotWrittenError: no room for a checkpoint or the log; earlier checkpoints are whole.
     """
     ranks, timings = Ranks(accelerator), timings or Timings()
     checkpoints = folder / "checkpoints"
@@ -150,15 +152,18 @@ def train(
         set_seed(settings.seed, device_specific=True)
     batches = replace(phase.batches, share=(ranks.index, ranks.count))
     plain, parameters = accelerator.unwrap_model(model), list(model.parameters())
-    model.train()  # once, as these two: a walk through all modules in every step is not free
+    keeper = _Keeper(checkpoints, ranks, settings, phase.meaning, weights, moments, others, timings, kept=start)
+    model.train()  # once: a walk through all modules in every step is not free
     with (
         stopping.finishing(),
         reproducible(accelerator.device),
         compiled(trained, wanted=settings.compile),
+        worker_advice(),
+        keeper.keeping_where_loading_fails(),
         Progress(phase.stop - start, f"train {folder.name}", unit="steps") as bar,
         (profiler or UNPROFILED).over(folder, start, writes=ranks.first) as step_done,
     ):
-        for batch, waited in _load(batches, start, phase.stop, settings.workers):
+        for batch, waited in load(batches, start, phase.stop, settings.workers):
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr_at(batch.step)
             companion.begin_step(plain)
@@ -184,6 +189,7 @@ def train(
             with traced("optimizer"):
                 companion.step(settings.lr_at(batch.step) / settings.lr, accelerator.scaler)  # before fp16's scale
                 prepared.step()
+                _check_scale(prepared, accelerator.scaler, batch.step)
                 prepared.zero_grad()
             values = {"lr": settings.lr_at(batch.step), **loss.values, **companion.logged()}
             line = meter.step(batch, loss.total, loss.parts, values=values, norm=norm, waited=waited)
@@ -192,24 +198,10 @@ def train(
             bar.advance(1)
             timings.spent("waiting for data", waited)
             timings.count(steps=1, items=len(batch.image_ids) + len(batch.text_ids))
-            finished = batch.step + 1
+            finished = keeper.finished = batch.step + 1
             told = ranks.most(stopping.told())
             if finished == phase.stop or finished % settings.checkpoint_every == 0 or told:
-                for gathered in (weights, moments, randoms):
-                    gathered.gather()
-                if ranks.first:
-                    with traced("checkpoint"), timings.stage("checkpoint"):
-                        save_checkpoint(
-                            checkpoints,
-                            step=finished,
-                            model=weights,
-                            optimizer=moments,
-                            meaning=phase.meaning,
-                            others=others,
-                            keep=settings.keep_checkpoints,
-                        )
-                ranks.wait()
-                done = checkpoint_of(checkpoints, finished)
+                done = keeper.keep()
                 if told:  # by all together: a signal that came since then is told at the next step
                     stopping.heed(told)
             step_done()
@@ -250,26 +242,53 @@ def _restore(restored: list[Path | None], model: Whole, optimizer: Whole, phase:
     return 0
 
 
-def _load(batches: Batches, start: int, stop: int, workers: int) -> Iterator[tuple[StepBatch, float]]:
-    """Batches in step order, each with the seconds that the loop waited for it."""
-    loader: Any = torch.utils.data.DataLoader(
-        batches,  # type: ignore[arg-type]  # map-style by __getitem__ alone
-        batch_size=None,
-        sampler=range(start, stop),
-        num_workers=workers,
-        worker_init_fn=_outlive_sigterm,
-        persistent_workers=False,
-        generator=torch.Generator(),  # its own, so that starting a loader never moves the training's random state
-        prefetch_factor=4 if workers else None,
-    )
-    loaded = iter(loader)
-    while True:
-        asked = time.perf_counter()
-        with traced("wait for data"):
-            batch = next(loaded, None)
-        if batch is None:
-            return
-        yield batch, time.perf_counter() - asked
+@dataclass
+class _Keeper:
+    """Makes the checkpoints of a training; all processes call it together."""
+
+    folder: Path
+    ranks: Ranks
+    settings: TrainSettings
+    meaning: str
+    weights: Whole
+    moments: Whole
+    others: dict[str, Any]  # with the random states of the processes
+    timings: Timings
+    kept: int  # step of the last checkpoint
+    finished: int = 0  # steps done
+
+    def keep(self) -> Path:
+        """A checkpoint of the finished steps."""
+        for gathered in (self.weights, self.moments, self.others["randoms"]):
+            gathered.gather()
+        if self.ranks.first:
+            _check_weights(self.weights.state_dict(), self.finished - 1)
+            with traced("checkpoint"), self.timings.stage("checkpoint"):
+                save_checkpoint(
+                    self.folder,
+                    step=self.finished,
+                    model=self.weights,
+                    optimizer=self.moments,
+                    meaning=self.meaning,
+                    others=self.others,
+                    keep=self.settings.keep_checkpoints,
+                )
+        self.ranks.wait()
+        self.kept = self.finished
+        return checkpoint_of(self.folder, self.finished)
+
+    @contextmanager
+    def keeping_where_loading_fails(self) -> Iterator[None]:
+        """What fails between two steps costs none; of several processes the others are in the midst of one."""
+        try:
+            yield
+        except LoadingError:
+            try:
+                if self.finished > self.kept and self.ranks.count == 1:
+                    self.keep()
+            except OSError as error:
+                log.warning("%s", error)
+            raise
 
 
 @dataclass(frozen=True)
@@ -278,11 +297,6 @@ class _StepLoss:
     total: Tensor  # (), weighted, the mean of both directions
     parts: dict[str, Tensor]  # (), unweighted
     values: dict[str, Tensor]  # (), what the log shows beside them
-
-
-def _outlive_sigterm(_: int) -> None:
-    """A launcher signals the whole group: a worker that died of it would fail the step that is to be kept."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _step_loss(
@@ -353,9 +367,12 @@ def _scored(student: Tensor, batch: StepBatch, direction: Direction, scale: Tens
     """``student``: cosines (Q, C) of the direction's grid."""
     grid, device = batch.grids[direction], student.device
     teacher = grid.teacher.to(device)
-    if torch.isinf(teacher).any():
+    infinite = torch.isinf(teacher).any(dim=1)
+    if infinite.any():
+        queries = (batch.image_ids if direction == "i2t" else batch.text_ids)[grid.rows[infinite.cpu()].numpy()]
         raise TrainingError(
-            f"step {batch.step}: the teacher's scores hold infinities; delete the store of that teacher and score again"
+            f"step {batch.step}, {direction}: the teacher's scores hold infinities, query ids {_some(queries)}; delete "
+            "the store of that teacher and score again"
         )
     return Scored(
         student=student,
@@ -385,6 +402,27 @@ def _check_gradient(norm: Any, batch: StepBatch, accelerator: Accelerator) -> No
         raise TrainingError(
             f"step {batch.step}: the gradient is not finite; image ids {_some(batch.image_ids)}, text ids "
             f"{_some(batch.text_ids)}; lower train.lr or a loss's weight"
+        )
+
+
+def _check_scale(optimizer: Any, scaler: Any, step: int) -> None:
+    """fp16 leaves out a step whose gradient is not finite and halves its scale: that ends well, or never."""
+    if scaler is not None and optimizer.step_was_skipped and scaler.get_scale() < _LEAST_SCALE:
+        raise TrainingError(
+            f"step {step}: with fp16 the gradient is not finite however small the loss is scaled (below "
+            f"{_LEAST_SCALE:g} by now), so that no step is taken any more; begin again under another name "
+            "(--set name=...) with a lower train.lr, or with train.precision bf16 or no"
+        )
+
+
+def _check_weights(weights: Mapping[str, Tensor], step: int) -> None:
+    """Before they go into a checkpoint: one that is not finite could never be trained on."""
+    bad = [name for name, weight in weights.items() if not bool(weight.isfinite().all())]
+    if bad:
+        raise TrainingError(
+            f"step {step}: {len(bad)} of the student's weights are not finite after it ({', '.join(bad[:3])}"
+            f"{', ...' if len(bad) > 3 else ''}); they were not kept, the checkpoint before is as it was; begin again "
+            "under another name (--set name=...) with a lower train.lr"
         )
 
 
