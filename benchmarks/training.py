@@ -106,6 +106,10 @@ def main(
     asked = {"images": images, "pairs": pairs, "width": width, "layers": layers, "image_size": image_size}
     asked |= {"steps": steps, "rounds": rounds}
     sizes = replace(sizes, **{name: value for name, value in asked.items() if value is not None})
+    if sizes.pairs % GROUP:
+        raise typer.BadParameter(
+            f"batches of neighbours are made of groups of {GROUP}: give a multiple", param_hint="--pairs"
+        )
     with tempfile.TemporaryDirectory(prefix="cross2dual-training-") as folder:
         figures = measure(Path(folder), sizes)
     show_all(figures, sizes)
@@ -329,7 +333,7 @@ def settings(sizes: Sizes, steps: int, *, workers: int = 0) -> TrainSettings:
         grad_clip=GRAD_CLIP,
         seed=0,
         workers=workers,
-        log_every=sizes.warm,
+        log_every=min(sizes.warm, sizes.steps),
         checkpoint_every=500,
     )
 

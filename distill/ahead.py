@@ -7,12 +7,15 @@ what a training comes to does not depend on it. Where the second process fails, 
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from distill.durable import write_atomically
+from distill.checkpoint import save_weights
+from distill.durable import exclusively, staged_folder, write_atomically
 from distill.mined import kept
 from distill.recipe.load import dump
 
@@ -27,23 +30,24 @@ log = logging.getLogger(__name__)
 
 
 def snapshot(of: Round) -> Path:
-    """File of the student that mines a round, where it is another than the one that begins it."""
-    return of.home / f"miner-{of.number}.safetensors"
+    """Folder of the student that mines a round, where it is another than the one that begins it."""
+    return of.home / f"miner-{of.number}"
 
 
 def keep_snapshot(of: Round, student: Any) -> None:
     """Keep the student as it is now for mining a round."""
-    from safetensors.torch import save
-
-    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in student.state_dict().items()}
-    write_atomically(snapshot(of), lambda file: file.write(save(weights)))
+    with staged_folder(snapshot(of)) as staged:
+        save_weights(staged, student)
 
 
-def load_snapshot(of: Round, student: Any) -> None:
-    """The student that mines a round, in place."""
-    from safetensors.torch import load_file
+def forget_snapshot(of: Round) -> None:
+    """When the round's candidates are kept."""
+    shutil.rmtree(snapshot(of), ignore_errors=True)
 
-    student.load_state_dict(load_file(snapshot(of)))
+
+def alone(of: Round) -> AbstractContextManager[int]:
+    """One second process at a time: one that a killed training left behind ends first."""
+    return exclusively(of.home / f"ahead-{of.number}", notice="waits for the process of a training that was killed")
 
 
 @contextmanager
@@ -60,7 +64,7 @@ def preparing(x: Experiment, of: Round, *, arm: str) -> Iterator[None]:
     write_atomically(recipe, lambda file: file.write(dump(plain).encode()))
     command = [sys.executable, "-m", "distill", "mine", str(recipe), "--ahead", f"{arm}:{of.number}"]
     with said.open("ab") as file:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=_without_launcher())
     log.info("round %d: a second process mines it while training goes on; it says the rest to %s", of.number, said)
     try:
         yield
@@ -74,3 +78,9 @@ def preparing(x: Experiment, of: Round, *, arm: str) -> Iterator[None]:
         log.warning("round %d: what mined it ended with exit code %d, see %s; it is mined here", of.number, code, said)
     else:
         recipe.unlink(missing_ok=True)
+
+
+def _without_launcher() -> dict[str, str]:
+    """The environment for a process that joins no others."""
+    joins = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return {name: value for name, value in os.environ.items() if name not in joins}

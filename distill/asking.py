@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distill.batches import PairScores
-from distill.durable import append_line
 from distill.maps import PairMaps, write_maps
+from distill.meter import note_round
 from distill.protocols import Candidates, Direction, Ids
 
 if TYPE_CHECKING:
@@ -25,11 +25,11 @@ log = logging.getLogger(__name__)
 
 def scores_of(x: Experiment, pairs: Any, mined: Mapping[Direction, Candidates]) -> PairScores:
     """The teacher's scores of the labelled pairs and of every candidate; asks only for what the store lacks."""
-    image_ids, text_ids = _wanted(pairs, mined)
+    image_ids, text_ids = wanted(pairs, mined)
     return PairScores.of(image_ids, text_ids, x.ask(image_ids, text_ids), x.corpus.n_texts)
 
 
-def _wanted(pairs: Any, mined: Mapping[Direction, Candidates]) -> tuple[Ids, Ids]:
+def wanted(pairs: Any, mined: Mapping[Direction, Candidates]) -> tuple[Ids, Ids]:
     """Image ids and text ids of the labelled pairs and of every candidate; a pair may come more than once."""
     images, texts = [pairs[:, 0]], [pairs[:, 1]]
     for found in mined.values():
@@ -45,30 +45,22 @@ def note_what_is_asked(
     mined: Mapping[Direction, Candidates],
     stretch: Stretch,
     metrics: Path,
-    *,
-    beside: Mapping[str, float],
 ) -> None:
-    """One line in the metrics: how many distinct pairs the round asks the teacher, and how many the store serves.
-
-    ``beside``: what else the line says of the round.
-    """
+    """One line in the metrics: how many distinct pairs the round asks the teacher, and how many the store serves."""
     begun = metrics.exists() and f'"round": {stretch.number}, "teacher/' in metrics.read_text(encoding="utf-8")
     if x.ranks.most(int(begun)):
         return  # the round was begun before, and asked then
-    image_ids, text_ids = _wanted(pairs, mined)
-    image_ids, text_ids = np.divmod(np.unique(image_ids * x.corpus.n_texts + text_ids), x.corpus.n_texts)
-    asked = int(np.isnan(x.scorer.lookup(image_ids, text_ids)).sum())  # in every process: it may teach or calibrate
+    asked, distinct = unasked(x, *wanted(pairs, mined))  # in every process: it may teach or calibrate
     x.ranks.wait()
-    if not x.ranks.first:
-        return
-    line = {
-        "step": stretch.start,
-        "round": stretch.number,
-        "teacher/asked": asked,
-        "teacher/served_from_store": len(image_ids) - asked,
-        **beside,
-    }
-    append_line(metrics, line)
+    if x.ranks.first:
+        line = {"teacher/asked": asked, "teacher/served_from_store": distinct - asked}
+        note_round(metrics, step=stretch.start, number=stretch.number, values=line)
+
+
+def unasked(x: Experiment, image_ids: Ids, text_ids: Ids) -> tuple[int, int]:
+    """How many distinct ones of the pairs no store holds, and how many there are; a pair may come more than once."""
+    images, texts = np.divmod(np.unique(image_ids * x.corpus.n_texts + text_ids), x.corpus.n_texts)
+    return int(np.isnan(x.scorer.lookup(images, texts)).sum()), len(images)
 
 
 def warn_of_odd_scores(pairs: Any, known: PairScores, mined: Mapping[Direction, Candidates], losses: Weighted) -> None:

@@ -75,9 +75,8 @@ def save_checkpoint(
 
 def _write(staged: Path, model: Stateful, optimizer: Stateful, others: Others) -> None:
     import torch
-    from safetensors.torch import save_file
 
-    save_file({name: tensor.contiguous() for name, tensor in _named(model)}, staged / "model.safetensors")
+    save_weights(staged, model)
     state = {
         "optimizer": optimizer.state_dict(),
         **{name: other.state_dict() for name, other in others.items() if other is not None},
@@ -144,6 +143,13 @@ def load_checkpoint(
         if other is not None and state.get(name) is not None:
             other.load_state_dict(state[name])
     return int(marker["step"])
+
+
+def save_weights(folder: Path, model: Stateful) -> None:
+    """The weights alone into a folder that is there; ``load_weights`` reads them."""
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.contiguous() for name, tensor in _named(model)}, folder / "model.safetensors")
 
 
 def load_weights(checkpoint: Path, model: Stateful) -> None:

@@ -79,6 +79,13 @@ class Meter:
         return line
 
 
+def note_round(metrics: Path, *, step: int, number: int, values: Mapping[str, float]) -> None:
+    """Add a line of a round that begins after ``step``, unless one of the same values is there from before a stop."""
+    begun = f'"round": {number}, "{next(iter(values))}"'
+    if not metrics.exists() or begun not in metrics.read_text(encoding="utf-8"):
+        append_line(metrics, {"step": step, "round": number, **values})
+
+
 def _drop_lines_from(path: Path, start: int) -> int:
     """After a resume the steps since the checkpoint are run again: their old lines go, so that none stands twice.
 

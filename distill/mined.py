@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from distill import exact
+from distill.asking import labelled_match, unasked, wanted
 from distill.durable import write_atomically
 from distill.groups import GroupedSampler, dense_candidates, grouped
 from distill.protocols import DIRECTIONS, SIDES, Candidates, Direction, fingerprint, sides_of
@@ -79,6 +81,12 @@ def kept(of: Round, kind: str = "candidates") -> Both | None:
 def about(of: Round) -> dict[str, float]:
     """What a round's mining found out, for its line in the metrics; see ``candidates``."""
     return dict(json.loads(of.about.read_text("utf-8"))) if of.about.is_file() else {}
+
+
+def note(of: Round, values: Mapping[str, float]) -> None:
+    """Add to what is noted of a round."""
+    written = json.dumps({**about(of), **values}).encode()
+    write_atomically(of.about, lambda file: file.write(written))
 
 
 def groups(x: Experiment, of: Round) -> GroupedSampler:
@@ -145,19 +153,19 @@ def _mined_anew(x: Experiment, of: Round, student: Any, before: Round | None) ->
         limit, overlap = x.recipe.mine.overlap_below, 1 - float(np.mean(list(shares.values())))
         stay = limit is not None and overlap >= limit
         noted |= {f"candidates/fresh_share/{direction}": share for direction, share in shares.items()}
-        noted |= {"candidates/taken": float(not stay), "teacher/saved": _unasked(x, fresh) if stay else 0}
+        noted |= {"candidates/taken": float(not stay), "teacher/saved": _saved(x, of, fresh, vectors) if stay else 0}
         log.info(
             "round %d: %.0f %% of the freshly mined candidates are new: %s",
             of.number,
             100 * (1 - overlap),
             "those in use stay" if stay else "they replace those in use",
         )
-    x.ranks.work_alone(lambda: write_atomically(of.about, lambda file: file.write(json.dumps(noted).encode())))
+    x.ranks.work_alone(lambda: note(of, noted))
     if stay:
         assert before is not None
         x.ranks.work_alone(lambda: _carry_on(before, of))
     elif x.recipe.train.candidates == "in_batch":
-        _group(x, of, fresh, {side: (rows[side], vectors[side]) for side in SIDES})
+        _keep_groups(x, of, fresh, *_grouped(x, of, fresh, vectors))
     else:
         x.ranks.work_alone(lambda: _keep(of, fresh))
     found = kept(of)
@@ -179,28 +187,26 @@ def _hardness(
     x: Experiment, found: Candidates, direction: Direction, vectors: Mapping[Side, Vectors]
 ) -> dict[str, float]:
     """How hard candidates are to the student that mined them, see ``candidates``."""
-    from distill import exact
-    from distill.asking import labelled_match
-
     rows = x.corpus.split("train").ids
     query, item = sides_of(direction)
     match = labelled_match(x.corpus.split_pairs("train"), direction, found.query_ids)
     asking = vectors[query][np.searchsorted(rows[query], found.query_ids)]
     own = exact.similarity_rows(asking, vectors[item][np.searchsorted(rows[item], match)][:, None])  # (B, 1)
     there = found.item_ids >= 0
+    if not there.any():
+        return {}
     return {
         f"candidates/above_match/{direction}": float((found.similarity > own)[there].mean()),
         f"candidates/similarity/{direction}": float(found.similarity[there].mean()),
     }
 
 
-def _unasked(x: Experiment, found: Mapping[Direction, Candidates]) -> int:
-    """Distinct pairs of the candidates that the teacher would have to be asked for."""
+def _saved(x: Experiment, of: Round, fresh: Both, vectors: Mapping[Side, Vectors]) -> int:
+    """Distinct pairs that the teacher would have to be asked for, were the fresh candidates trained on."""
     if not any(arm.reads_scores for arm in x.recipe.arms.values()):
         return 0
-    images, texts = (np.concatenate(ids) for ids in zip(*(those.pairs() for those in found.values()), strict=True))
-    images, texts = np.divmod(np.unique(images * x.corpus.n_texts + texts), x.corpus.n_texts)
-    return int(np.isnan(x.scorer.lookup(images, texts)).sum())
+    trained_on = _grouped(x, of, fresh, vectors)[1] if x.recipe.train.candidates == "in_batch" else fresh
+    return unasked(x, *wanted(x.corpus.split_pairs("train"), trained_on))[0]
 
 
 def _carry_on(before: Round, of: Round) -> None:
@@ -213,19 +219,21 @@ def _carry_on(before: Round, of: Round) -> None:
             _keep(of, found, kind)
 
 
-def _group(
-    x: Experiment, of: Round, found: Mapping[Direction, Candidates], vectors: Mapping[Side, tuple[Ids, Vectors]]
-) -> None:
-    """Puts the training pairs into groups of neighbours, and keeps these and the candidates that they hold."""
-    train, pairs = x.recipe.train, x.corpus.split_pairs("train")
+def _grouped(x: Experiment, of: Round, found: Both, vectors: Mapping[Side, Vectors]) -> tuple[Ids, Both]:
+    """The training pairs in groups of neighbours, and the candidates that the groups hold."""
+    train, pairs, rows = x.recipe.train, x.corpus.split_pairs("train"), x.corpus.split("train").ids
     groupings = grouped(pairs, found, group=train.group, count=train.groupings, seed=[x.recipe.seed, of.number])
-    dense = dense_candidates(pairs, groupings, train.group, x.corpus.matches, vectors)
+    known = {side: (rows[side], vectors[side]) for side in SIDES}
+    return groupings, dense_candidates(pairs, groupings, train.group, x.corpus.matches, known)
+
+
+def _keep_groups(x: Experiment, of: Round, found: Both, groupings: Ids, dense: Both) -> None:
     for direction, those in dense.items():
         log.info(
             "batches of neighbours, %s: %.1f candidates a query in %d groupings, mean similarity %.3f (mined: %.3f)",
             direction,
             (those.item_ids >= 0).sum(axis=1).mean(),
-            train.groupings,
+            len(groupings),
             *(each.similarity[each.item_ids >= 0].mean() for each in (those, found[direction])),
         )
 
@@ -297,7 +305,10 @@ def _checked_recall(x: Experiment, index: VectorIndex, queries: Vectors, directi
     try:
         recall = index.recall_against_exact(sample, recipe.k, floor=recipe.recall_floor)
     except ValueError as error:
-        raise ValueError(f"mine.factory, {direction}: {error}; mine.recall_floor says what is required") from None
+        raise ValueError(
+            f"mine.factory, {direction}: {error}. A run that has begun keeps its index, but may go on with a lower "
+            "mine.recall_floor"
+        ) from None
     log.info(
         "index %s, %s: %.1f %% of the true %d candidates are found", index.factory, direction, 100 * recall, recipe.k
     )

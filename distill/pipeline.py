@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill import ahead, mined
-from distill.asking import note_what_is_asked, pair_maps, scores_of, warn_of_odd_scores
+from distill.asking import note_what_is_asked, pair_maps, scores_of, unasked, wanted, warn_of_odd_scores
 from distill.batches import Batches, PairScores
 from distill.durable import staged_folder
 from distill.groups import GroupedSampler
+from distill.meter import note_round
 from distill.protocols import Candidates, Direction, fingerprint
 from distill.sampler import BatchSampler, CandidateSampler, PairSampler
 from distill.suspecting import revision_of
@@ -115,7 +117,10 @@ def stretches(x: Experiment) -> list[Stretch]:
         cuts = [shared + round((train.steps - shared) * part / train.rounds) for part in range(train.rounds + 1)]
     else:
         length = max(1, round(every * len(x.corpus.split_pairs("train")) / train.batch_size))
-        cuts = [*range(shared, train.steps, length), train.steps]
+        begun = list(range(shared, train.steps, length)) or [shared]
+        if len(begun) > 1 and train.steps - begun[-1] < length / 2:  # too short to be worth mining for
+            begun.pop()
+        cuts = [*begun, train.steps]
     return [Stretch(0, 0, shared), *(Stretch(n, *cut) for n, cut in enumerate(pairwise(cuts), start=1))]
 
 
@@ -146,6 +151,7 @@ def trained_arm(x: Experiment, name: str) -> Path:
         reached = _unless_done(folder, stretch)
         if reached is None:
             found = _candidates(x, arm, stretch.number, folder, student, checkpoint)
+            x.ranks.work_alone(partial(ahead.forget_snapshot, _round(x, stretch.number, folder)))
             if checkpoint is not None:
                 load_weights(checkpoint, student)
             phase = _phase(
@@ -176,10 +182,9 @@ def _candidates(
     if not arm.uses_candidates:
         return {}
     of = _round(x, number, folder)
-    if ahead.snapshot(of).is_file():
-        ahead.load_snapshot(of, student)
-    elif checkpoint is not None:
-        load_weights(checkpoint, student)
+    miner = ahead.snapshot(of) if ahead.snapshot(of).is_dir() else checkpoint
+    if miner is not None:
+        load_weights(miner, student)
     return mined.candidates(x, of, student=student, before=_round(x, number - 1, folder) if number > 1 else None)
 
 
@@ -196,7 +201,7 @@ def _next_round(
         return
     folder = x.folder / "arms" / name
     of = _round(x, number, folder)
-    if not ahead.snapshot(of).is_file():
+    if not ahead.snapshot(of).is_dir():
         begin = max(phase.start, phase.stop - x.recipe.mine.ahead)
         if begin > phase.start:
             _train(x, student, replace(phase, stop=begin), folder, start_from=start_from)
@@ -213,11 +218,14 @@ def mine_ahead(x: Experiment, name: str, number: int) -> None:
     """
     arm, folder = x.recipe.arms[name], x.folder / "arms" / name
     of = _round(x, number, folder)
-    if not ahead.snapshot(of).is_file():
+    if not ahead.snapshot(of).is_dir():
         raise FileNotFoundError(f"{ahead.snapshot(of)} is not there: only a training with mine.ahead leaves it")
-    found = _candidates(x, arm, number, folder, x.fresh_student(), None)
-    if arm.reads_scores:
-        scores_of(x, x.corpus.split_pairs("train"), found)
+    with ahead.alone(of):
+        found = _candidates(x, arm, number, folder, x.fresh_student(), None)
+        if arm.reads_scores:
+            pairs = x.corpus.split_pairs("train")
+            mined.note(of, {"teacher/asked_ahead": unasked(x, *wanted(pairs, found))[0]})
+            scores_of(x, pairs, found)
 
 
 def _train(x: Experiment, student: Any, phase: Phase, folder: Path, start_from: Path | None = None) -> Path:
@@ -265,10 +273,12 @@ def _phase(
     from distill.train import Phase
 
     found, of = found or {}, _round(x, stretch.number, folder)
+    if found and x.ranks.first and mined.about(of):
+        note_round(folder / "metrics.jsonl", step=stretch.start, number=stretch.number, values=mined.about(of))
     pairs = x.corpus.split_pairs("train")
     known = revision = None
     if scores:
-        note_what_is_asked(x, pairs, found, stretch, folder / "metrics.jsonl", beside=mined.about(of))
+        note_what_is_asked(x, pairs, found, stretch, folder / "metrics.jsonl")
         known = scores_of(x, pairs, found)
         warn_of_odd_scores(pairs, known, found, losses)
         revision = revision_of(x, found, known, stretch, metrics=folder / "metrics.jsonl")
@@ -348,12 +358,12 @@ def first_candidates(x: Experiment) -> dict[Direction, Candidates]:
     student, checkpoint = x.fresh_student(), shared_checkpoint(x)
     if checkpoint is not None:
         load_weights(checkpoint, student)
-    return mined.candidates(x, mined.Round(1, x.folder / SHARED), student=student)
+    return mined.candidates(x, _round(x, 1, x.folder), student=student)
 
 
 def mined_before(x: Experiment) -> dict[Direction, Candidates]:
     """The first round's candidates as the run's folder holds them; FileNotFoundError where they were never mined."""
-    found = mined.kept(mined.Round(1, x.folder / SHARED))
+    found = mined.kept(_round(x, 1, x.folder))
     if found is None:
         raise FileNotFoundError(f"{x.folder} has no mined candidates yet: distill run RECIPE --resume first")
     return found

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 _FREE = {
     "runs", "cache", "device", "prepared_gib", "score", "train.workers", "train.log_every", "train.checkpoint_every",
     "train.keep_checkpoints", "train.trackers", "evaluate.batch_size", "teacher.compile",
-    "train.gradient_checkpointing", "train.compile",
+    "train.gradient_checkpointing", "train.compile", "mine.recall_floor",
 }  # fmt: skip
 CORPUS = "corpus.npz"  # in the run's folder: what data it was begun with
 

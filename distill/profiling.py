@@ -172,7 +172,7 @@ def _page(recorded: Any, title: str, steps: int) -> Iterator[str]:
     yield f"{title}: milliseconds a step by phase, wall clock of the training's own thread"
     phases = _own_time(recorded.events())
     phases["the rest of the step"] = whole - sum(phases.values())
-    yield from _lines(["", "ms", "share"], [[name, *_cells(us, steps, whole)] for name, us in phases.items()])
+    yield from plain_lines([["", "ms", "share"], *([name, *_cells(us, steps, whole)] for name, us in phases.items())])
     yield ""
     rows = [row for row in averages if not row.is_user_annotation and not row.key.startswith((_MARK, _STEP))]
     rows = [row for row in rows if row.self_cpu_time_total or row.self_device_time_total]
@@ -189,7 +189,7 @@ def _page(recorded: Any, title: str, steps: int) -> Iterator[str]:
         body.append(
             [_short(row.key), f"{row.count / steps:.4g}", *cells, *_cells(row.self_cpu_time_total, steps, cpus)]
         )
-    yield from _lines(heads, body)
+    yield from plain_lines([heads, *body])
 
 
 def _microseconds(events: Sequence[Any], wanted: Callable[[str], bool]) -> float:
@@ -226,7 +226,3 @@ def _cells(microseconds: float, steps: int, whole: float) -> list[str]:
 
 def _short(name: str, most: int = 70) -> str:
     return name if len(name) <= most else name[: most - 3] + "..."
-
-
-def _lines(heads: list[str], body: list[list[str]]) -> list[str]:
-    return plain_lines([heads, *body])

@@ -6,7 +6,6 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from distill.durable import append_line
 from distill.false_negatives import (
     Judged,
     Likeness,
@@ -17,6 +16,7 @@ from distill.false_negatives import (
     judged,
     suspects,
 )
+from distill.meter import note_round
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -118,23 +118,17 @@ def revision_of(
 def _note_rate(
     x: Experiment, mined: Mapping[Direction, Candidates], known: PairScores, stretch: Stretch, metrics: Path
 ) -> None:
-    line: dict[str, float] = {"step": stretch.start, "round": stretch.number}
+    line: dict[str, float] = {}
     for direction, found in mined.items():
         those = judged(found, known.lookup, x.corpus.matches)
         above = those.scores > those.labelled + x.recipe.false_negatives.margin
         line[f"teacher/above_match/{direction}"] = float(above.mean()) if len(above) else 0.0
-    _append(line, metrics, marker='"teacher/above_match')
+    note_round(metrics, step=stretch.start, number=stretch.number, values=line)
 
 
 def _note(found: Found, stretch: Stretch, metrics: Path) -> None:
-    line: dict[str, float] = {"step": stretch.start, "round": stretch.number}
+    line: dict[str, float] = {}
     for direction, those in found.suspects.items():
         line |= {f"false_negatives/{direction}/{kind}": count for kind, count in those.counts().items()}
         line[f"candidates/{direction}"] = those.candidates
-    _append(line, metrics, marker='"false_negatives/')
-
-
-def _append(line: dict[str, float], metrics: Path, *, marker: str) -> None:
-    """One line of a round, unless it is there from when the round was begun before."""
-    if not metrics.exists() or f'"round": {line["round"]}, {marker}' not in metrics.read_text(encoding="utf-8"):
-        append_line(metrics, line)
+    note_round(metrics, step=stretch.start, number=stretch.number, values=line)

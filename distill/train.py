@@ -208,6 +208,7 @@ def train(
         stopping.heed(ranks.most(stopping.told()))
     if done is None:
         raise TrainingError(f"{folder}: nothing to train: the phase ends at step {phase.stop} and starts at {start}")
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else the student would cast wherever it is called
     give_back(trained, student, accelerator.device)
     accelerator.free_memory()
     return done

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from distill import ahead
+from distill.checkpoint import load_weights
 from distill.experiment import Experiment
 from distill.mined import Round, candidates, kept
 from distill.pipeline import trained_arm
@@ -49,16 +50,19 @@ def weights(x: Experiment) -> bytes:
     return (trained_arm(x, ARM) / "model.safetensors").read_bytes()
 
 
-def test_it_mines_with_the_student_of_the_step_and_scores_before_the_round_begins(tmp_path: Path) -> None:
+def test_it_mines_with_the_student_of_the_step_and_scores_before_the_round_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ahead, "forget_snapshot", lambda of: None)  # it is looked at below
     x = experiment(tmp_path, "train.candidates=encode", "mine.ahead=4")  # rounds of 7 steps from 10 on
     made = weights(x)
     folder = x.folder / "arms" / ARM
     _, second = rounds_of(folder)
     assert second["teacher/asked"] == 0  # it was asked while training went on
-    assert second["teacher/served_from_store"] > 0
+    assert second["teacher/asked_ahead"] > 0
     assert "pairs asked" in (folder / "ahead-2.log").read_text()
     student = x.fresh_student()
-    ahead.load_snapshot(Round(2, folder), student)
+    load_weights(ahead.snapshot(Round(2, folder)), student)
     found = candidates(x, Round(9, tmp_path), student=student)
     for direction in DIRECTIONS:
         assert np.array_equal(found[direction].item_ids, kept(Round(2, folder))[direction].item_ids)
@@ -83,7 +87,9 @@ def test_where_the_second_process_fails_or_all_die_the_training_comes_to_the_sam
             weights(experiment(tmp_path / "died", *own))
     assert Sleeping.last is not None
     assert Sleeping.last.poll() is not None  # it was not left behind
-    assert weights(experiment(tmp_path / "died", *own)) == whole
+    died = experiment(tmp_path / "died", *own)
+    assert weights(died) == whole
+    assert not list((died.folder / "arms" / ARM).glob("miner-*"))
 
 
 def test_a_training_of_one_round_has_nothing_to_mine_ahead_for() -> None:

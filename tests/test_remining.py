@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from accelerate.state import AcceleratorState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distill import mined
 from distill.mined import Round, fresh_share, kept
 from distill.pipeline import stretches, trained_arm
 from distill.protocols import DIRECTIONS, Candidates
 from distill.recipe.load import RecipeError, load_recipe
 from tests.test_groups import RUN, experiment
 
+ARM = "distilled"
 ROWS = st.lists(st.lists(st.integers(-1, 6), min_size=4, max_size=4, unique=True), min_size=1, max_size=5)
 
 
@@ -36,9 +41,9 @@ def test_the_fresh_share_is_counted_query_by_query(old: list[list[int]], new: li
 
 
 def test_rounds_are_cut_every_so_many_epochs(tmp_path: Path) -> None:
-    x = experiment(tmp_path, "train.rounds=1", "mine.every_epochs=0.4")  # 240 pairs in batches of 16, 10 steps shared
+    x = experiment(tmp_path, "train.rounds=1", "mine.every_epochs=0.4")  # 240 pairs in batches of 16
     assert [(one.number, one.start, one.stop) for one in stretches(x)] == [
-        (0, 0, 10), (1, 10, 16), (2, 16, 22), (3, 22, 24)
+        (0, 0, 10), (1, 10, 16), (2, 16, 24)
     ]  # fmt: skip
 
 
@@ -118,3 +123,59 @@ def test_an_approximate_index_tells_its_recall_and_is_refused_under_the_floor(tm
     for line in rounds_of(x.folder / "arms" / "distilled"):
         for direction in DIRECTIONS:
             assert 0.5 <= line[f"candidates/index_recall/{direction}"] <= 1
+
+
+@pytest.fixture
+def unsettled() -> Iterator[None]:
+    """Accelerate settles the precision of a process once."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("unsettled")
+def test_with_bf16_a_round_is_mined_by_the_same_student_after_a_stop_between_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = ["train.candidates=encode", "train.precision=bf16"]
+    whole = experiment(tmp_path / "whole", *own)
+    weights = (trained_arm(whole, ARM) / "model.safetensors").read_bytes()
+    mining = mined.candidates
+
+    def stopped(x: Any, of: Round, **options: Any) -> Any:
+        if of.number == 2:
+            raise RuntimeError("the end")
+        return mining(x, of, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mined, "candidates", stopped)
+        with pytest.raises(RuntimeError, match="the end"):
+            trained_arm(experiment(tmp_path / "stopped", *own), ARM)
+    again = experiment(tmp_path / "stopped", *own)
+    assert (trained_arm(again, ARM) / "model.safetensors").read_bytes() == weights
+    for direction in DIRECTIONS:
+        one, two = (kept(Round(2, x.folder / "arms" / ARM))[direction] for x in (whole, again))
+        assert np.array_equal(one.similarity, two.similarity)
+
+
+def test_an_arm_that_reads_no_scores_tells_of_its_candidates_too(tmp_path: Path) -> None:
+    arm = "arms={hard: {losses: [{name: contrastive, negatives: all}]}}"
+    x = experiment(tmp_path, "train.candidates=encode", "train.rounds=1", arm)
+    trained_arm(x, "hard")
+    (line,) = rounds_of(x.folder / "arms" / "hard")
+    assert 0 < line["candidates/above_match/i2t"] <= 1
+    assert "teacher/asked" not in line
+
+
+@pytest.mark.parametrize("key", ["every_epochs=2", "overlap_below=0.5", "ahead=3"])
+def test_rounds_without_candidates_are_refused(key: str) -> None:
+    plain = "arms={plain: {losses: [{name: contrastive}]}}"
+    with pytest.raises(RecipeError, match="no arm has a loss that reads candidates"):
+        load_recipe("quickstart", [*RUN, plain, f"mine.{key}", "train.rounds=1"])
+
+
+def test_a_tail_too_short_to_mine_for_joins_the_round_before_and_there_is_always_one(tmp_path: Path) -> None:
+    x = experiment(tmp_path, "train.rounds=1", "mine.every_epochs=0.4", "train.steps=26", "train.shared=0.5")
+    assert [(one.start, one.stop) for one in stretches(x)] == [(0, 13), (13, 19), (19, 26)]  # 25 to 26 is no round
+    all_shared = experiment(tmp_path, "train.rounds=1", "mine.every_epochs=1", "train.shared=1")
+    assert [(one.start, one.stop) for one in stretches(all_shared)] == [(0, 24), (24, 24)]

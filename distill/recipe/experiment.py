@@ -45,7 +45,7 @@ class MineRecipe(Grown):
     overlap_below: Share | None = Field(
         default=None,
         description="in later rounds, take freshly mined candidates only where they have less than this part in common "
-        "with those in use, which stay otherwise: the teacher is then asked nothing; null = always take them",
+        "with those in use, which stay otherwise: then the teacher scores nothing new; null = always take them",
     )
     ahead: Natural = Field(
         default=0,
@@ -232,6 +232,16 @@ class Recipe(Grown):
             raise ValueError(
                 f"train.candidates_per_query is {self.train.candidates_per_query} but mine.k is only {self.mine.k}: "
                 "raise mine.k or lower train.candidates_per_query"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_mine_something(self) -> Recipe:
+        keys = [key for key in ("every_epochs", "overlap_below", "ahead") if getattr(self.mine, key)]
+        if keys and not any(arm.uses_candidates for arm in self.arms.values()):
+            raise ValueError(
+                f"mine.{keys[0]} says when candidates are mined anew, but no arm has a loss that reads candidates (one "
+                "on the teacher's scores, or contrastive with negatives: all): add one, or leave it out"
             )
         return self
 
