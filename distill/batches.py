@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from distill.augment import AugmentedSource
 from distill.data.matches import ragged_ranges
 from distill.protocols import DIRECTIONS, Direction, Ids, Inputs, Side
 from distill.sampler import CandidateSampler, PairSampler, share_of
@@ -156,7 +157,7 @@ class Batches:
             step,
             image_ids,
             text_ids,
-            self.images(encoded[0][share_of(len(encoded[0]), *self.share)]),
+            self._images(step, encoded[0][share_of(len(encoded[0]), *self.share)]),
             self.texts(encoded[1][share_of(len(encoded[1]), *self.share)]),
             grids,
             (
@@ -167,6 +168,11 @@ class Batches:
             tuple(tower(image_ids, text_ids) for tower in self.towers),
             remembered,
         )
+
+    def _images(self, step: int, rows: Ids) -> Inputs:
+        if isinstance(self.images, AugmentedSource):
+            return self.images.at(step // self.sampler.steps_per_epoch, rows)
+        return self.images(rows)
 
     def _remembered(self, side: Side, ids: Ids, own: Ids) -> Remembered:
         """Of the mined items among a step's; what is the batch's own is encoded, mined or not."""

@@ -291,7 +291,7 @@ def _phase(
         sampler = mined.groups(x, of)
     batches = Batches(
         sampler,
-        x.source(student, "image", tokens=wants_maps),
+        x.training_images(student, tokens=wants_maps),
         x.source(student, "text", tokens=wants_maps),
         x.corpus.matches,
         known,
@@ -340,6 +340,7 @@ _MEANING_OF_TRAIN = {
     "groupings",
     "precision",
     "micro_batch",
+    "augment",
 }
 
 

@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from distill.experiment import ExperimentError
-from distill.protocols import SIDES, Recomputable
+from distill.protocols import SIDES, Freezable, Recomputable
 
 if TYPE_CHECKING:
     from distill.experiment import Experiment
@@ -28,10 +28,21 @@ def check_means(x: Experiment) -> None:
             "train: set it to 0, and they mine together when a round has ended"
         )
     check_sharding(x.accelerator, compiles=x.recipe.train.compile)
+    if x.recipe.train.augment is not None:
+        _check_augmenting(x)
     if x.recipe.train.gradient_checkpointing:
         _check_recomputing(x)
     if x.recipe.train.compile:
         _check_compiling(x)
+
+
+def _check_augmenting(x: Experiment) -> None:
+    student = x.builders.student(x.corpus)
+    if isinstance(student, Freezable) and student.frozen_identity("image") is not None:
+        raise ExperimentError(
+            "train.augment: the student's image tower is frozen, and its outputs are computed once for all epochs: "
+            "leave augment out, or let the tower train (student.freeze)"
+        )
 
 
 def _check_recomputing(x: Experiment) -> None:

@@ -15,6 +15,10 @@ from distill.protocols import Candidates, Ids
 class PairSampler(Protocol):
     """Says which labelled pairs a step trains on."""
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full batches of one epoch."""
+
     def batch(self, step: int) -> Ids:
         """Pairs (batch_size, 2) of image and text, of a global step counted from 0."""
 

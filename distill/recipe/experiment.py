@@ -63,11 +63,29 @@ class ScoreRecipe(Strict):
     text_memory_bytes: Count = Field(default=1 << 30, description="most that is kept of all texts together")
 
 
+class AugmentRecipe(Strict):
+    """How training pictures are changed anew in each epoch."""
+
+    crop: tuple[Share, Share] = Field(default=(1.0, 1.0), description="least and most share of the area that is kept")
+    flip: Share = Field(default=0.0, description="share that is mirrored; 0 where captions say left and right")
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> AugmentRecipe:
+        least, most = self.crop
+        if not 0 < least <= most:
+            raise ValueError(
+                f"crop is {list(self.crop)}: give the least and the most share that is kept, as in [0.6, 1.0]"
+            )
+        if least == 1 and not self.flip:
+            raise ValueError("neither crop nor flip changes a picture: give one of them, or leave augment out")
+        return self
+
+
 class TrainRecipe(Grown):
     """One student's training. Every arm gets the same steps, seed and batches."""
 
     later: ClassVar[frozenset[str]] = frozenset(
-        {"micro_batch", "candidates", "group", "groupings", "gradient_checkpointing", "compile"}
+        {"micro_batch", "candidates", "group", "groupings", "gradient_checkpointing", "compile", "augment"}
     )
 
     steps: Count = 1200
@@ -114,6 +132,11 @@ class TrainRecipe(Grown):
     compile: bool = Field(
         default=False,
         description="the student through torch.compile while it trains; takes a compiler, and a minute to begin with",
+    )
+    augment: AugmentRecipe | None = Field(
+        default=None,
+        description="crop and mirror pictures in training, by a draw of seed, epoch and picture; they are then decoded "
+        "in every step (see workers); for an image tower that trains",
     )
     workers: Natural = Field(default=0, description="loader processes; 0 = in the main one")
     log_every: Count = 50
