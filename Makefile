@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 FAISS  := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+TESTS  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: install quickstart test slow check clean
@@ -37,10 +38,10 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 test: check
-	$(BIN)/python -m pytest -m "not slow"
+	$(TESTS) -m "not slow"
 
 slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow
+	$(TESTS) -m slow
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -15,7 +15,7 @@ SMALL = ["data.train=60", "data.val=20", "data.test=20", "train.batch_size=16", 
 
 
 def distill(
-    *arguments: str, folder: Path, settings: list[str] = SMALL, threads: int = 2
+    *arguments: str, folder: Path, settings: list[str] = SMALL, threads: int = 1
 ) -> subprocess.CompletedProcess[str]:
     """Run the command as a user does, in a folder of the test's."""
     overrides = [f"--set={item}" for item in [*settings, f"runs={folder / 'runs'}", f"cache={folder / 'cache'}"]]
