@@ -15,11 +15,11 @@ from PIL import ImageOps
 from distill.sampler import hash_uniform
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from typing import Any, TypeAlias
 
     import numpy as np
 
-    from distill.embed import LiveSource
     from distill.protocols import Ids, Image, Inputs
 
     Draws: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
@@ -63,17 +63,15 @@ class Augmentation:
 class AugmentedSource:
     """Inputs of training pictures, decoded and changed anew in each epoch."""
 
-    live: LiveSource
+    load: Callable[[Ids], Sequence[Image]]  # pictures of rows of the corpus
+    prepare: Callable[[Sequence[Image]], Inputs]  # the model's own
     augmentation: Augmentation
 
     def at(self, epoch: int, rows: Ids) -> Inputs:
-        """Of these rows of the corpus in an epoch."""
-        images = self.live.corpus.load_images(rows)
+        """Of these rows in an epoch."""
         draws = self.augmentation.draws(epoch, rows)
-        return self.live.model.prepare_images(
-            [self.augmentation(image, of) for image, of in zip(images, draws, strict=True)]
-        )
+        return self.prepare([self.augmentation(image, of) for image, of in zip(self.load(rows), draws, strict=True)])
 
     def __call__(self, rows: Ids) -> Inputs:
         """As they are."""
-        return self.live(rows)
+        return self.prepare(self.load(rows))

@@ -252,14 +252,12 @@ class Experiment:
     def training_images(self, student: Any, *, tokens: bool) -> Source:
         """As ``source``, or pictures that are changed anew in each epoch where the recipe says so."""
         from distill.augment import Augmentation, AugmentedSource
-        from distill.embed import live_source
 
         augment = self.recipe.train.augment
         if augment is None:
             return self.source(student, "image", tokens=tokens)
-        return AugmentedSource(
-            live_source(self.corpus, "image", student), Augmentation(augment.crop, augment.flip, self.recipe.seed)
-        )
+        changes = Augmentation(augment.crop, augment.flip, self.recipe.seed)
+        return AugmentedSource(self.corpus.load_images, student.prepare_images, changes)
 
     def embed(self, student: Any, side: Side, rows: Ids) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Unit vectors (N, D) of corpus rows; each process embeds its share and has all."""

@@ -49,7 +49,7 @@ class Ramps:
 
 def source(**options: Any) -> AugmentedSource:
     settings = {"crop": (0.4, 0.9), "flip": 0.5, "seed": 3} | options
-    return AugmentedSource(live_source(Ramps(), "image", Corners()), Augmentation(**settings))  # type: ignore[arg-type]
+    return AugmentedSource(Ramps().load_images, Corners().prepare_images, Augmentation(**settings))
 
 
 ROWS = np.arange(200)
