@@ -89,6 +89,22 @@ def test_most_groups_are_full_of_neighbours_and_groupings_differ() -> None:
     assert len({frozenset(row) for row in members} & {frozenset(row) for row in second.reshape(-1, 6).tolist()}) < 5
 
 
+def test_an_image_comes_once_a_group_though_all_its_captions_are_candidates() -> None:
+    pairs, _ = corpus_of(60)
+    found = {}
+    for direction, query, item in (("i2t", 0, 1), ("t2i", 1, 0)):
+        queries = np.unique(pairs[:, query])
+        image = pairs[np.searchsorted(pairs[:, 1], queries), 0] if query else queries
+        after = [[(one - 10 + step) % 60 + 10 for step in (1, 2, 3)] for one in image.tolist()]
+        ids = np.array([pairs[np.isin(pairs[:, 0], near), item][: 3 if item == 0 else 9] for near in after])
+        found[direction] = Candidates(
+            direction, queries, ids, np.zeros(ids.shape, np.float32), np.zeros(ids.shape, bool)
+        )
+    members = grouped(pairs, found, group=4, count=1, seed=[0])[0].reshape(-1, 4)
+    once = [len(set(pairs[row, 0].tolist())) == 4 for row in members]
+    assert np.mean(once) > 0.7  # the rest is what was left over
+
+
 def sampler_of(images: int = 20, *, group: int = 4, batch_size: int = 12) -> tuple[GroupedSampler, np.ndarray]:
     pairs, _ = corpus_of(images)
     groupings = grouped(pairs, mined_at_random(pairs, 4), group=group, count=2, seed=[0])
