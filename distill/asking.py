@@ -10,7 +10,7 @@ import numpy as np
 
 from distill.batches import PairScores
 from distill.maps import PairMaps, write_maps
-from distill.meter import note_round
+from distill.meter import is_noted, note_round
 from distill.protocols import Candidates, Direction, Ids
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def note_what_is_asked(
     metrics: Path,
 ) -> None:
     """One line in the metrics: how many distinct pairs the round asks the teacher, and how many the store serves."""
-    begun = metrics.exists() and f'"round": {stretch.number}, "teacher/' in metrics.read_text(encoding="utf-8")
+    begun = is_noted(metrics, number=stretch.number, first="teacher/asked")
     if x.ranks.most(int(begun)):
         return  # the round was begun before, and asked then
     asked, distinct = unasked(x, *wanted(pairs, mined))  # in every process: it may teach or calibrate

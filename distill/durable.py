@@ -73,7 +73,9 @@ def writing(path: str | Path, *, beside_work: bool = False) -> Iterator[None]:
 
 
 def append_line(path: str | Path, values: Mapping[str, object]) -> None:
-    """Add one JSON line to a log; the whole line or none of it. Parent folders are made.
+    """Add one JSON line to a log; the whole line or none of it. A line that a crash cut short ends first.
+
+    Parent folders are made. One write, as far as the system takes it, so that two processes' lines do not mix.
 
     Raises:
         NotWrittenError: no room, or not writable.
@@ -82,8 +84,10 @@ def append_line(path: str | Path, values: Mapping[str, object]) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         left = json.dumps(values).encode() + b"\n"
-        with path.open("ab", buffering=0) as file:  # a buffer would be written again on closing
-            before = file.tell()
+        with path.open("ab+", buffering=0) as file:  # a buffer would be written again on closing
+            before = file.seek(0, os.SEEK_END)
+            if before and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                left = b"\n" + left
             try:
                 while left:
                     left = left[file.write(left) :]

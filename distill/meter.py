@@ -81,9 +81,13 @@ class Meter:
 
 def note_round(metrics: Path, *, step: int, number: int, values: Mapping[str, float]) -> None:
     """Add a line of a round that begins after ``step``, unless one of the same values is there from before a stop."""
-    begun = f'"round": {number}, "{next(iter(values))}"'
-    if not metrics.exists() or begun not in metrics.read_text(encoding="utf-8"):
+    if not is_noted(metrics, number=number, first=next(iter(values))):
         append_line(metrics, {"step": step, "round": number, **values})
+
+
+def is_noted(metrics: Path, *, number: int, first: str) -> bool:
+    """Whether there is a line of a round whose first value has that name."""
+    return metrics.exists() and f'"round": {number}, "{first}"' in metrics.read_text(encoding="utf-8")
 
 
 def _drop_lines_from(path: Path, start: int) -> int:

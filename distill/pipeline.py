@@ -273,8 +273,8 @@ def _phase(
     from distill.train import Phase
 
     found, of = found or {}, _round(x, stretch.number, folder)
-    if found and x.ranks.first and mined.about(of):
-        note_round(folder / "metrics.jsonl", step=stretch.start, number=stretch.number, values=mined.about(of))
+    if found and x.ranks.first and (values := mined.about(of)):
+        note_round(folder / "metrics.jsonl", step=stretch.start, number=stretch.number, values=values)
     pairs = x.corpus.split_pairs("train")
     known = revision = None
     if scores:

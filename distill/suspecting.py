@@ -48,10 +48,17 @@ def find(
     x: Experiment, mined: Mapping[Direction, Candidates], known: PairScores, *, margin: float | None = None
 ) -> Found:
     """The suspects among a round's candidates, by the recipe's thresholds; ``margin`` replaces the recipe's."""
+    return _found(x, _judged(x, mined, known), margin=margin)
+
+
+def _judged(x: Experiment, mined: Mapping[Direction, Candidates], known: PairScores) -> dict[Direction, Judged]:
+    return {direction: judged(found, known.lookup, x.corpus.matches) for direction, found in mined.items()}
+
+
+def _found(x: Experiment, looked_at: dict[Direction, Judged], *, margin: float | None = None) -> Found:
     recipe, corpus = x.recipe.false_negatives, x.corpus
     same = SameContent(corpus.matches, corpus.image_fingerprints, corpus.texts)
     near = NearLabelled(corpus.matches, x.likeness)
-    looked_at = {direction: judged(found, known.lookup, corpus.matches) for direction, found in mined.items()}
     margin = recipe.margin if margin is None else margin
     found = {
         direction: suspects(those, direction, margin=margin, same=same, near=near)
@@ -95,10 +102,11 @@ def revision_of(
     candidates the teacher puts above the query's labelled match by more than ``false_negatives.margin``.
     """
     recipe = x.recipe.false_negatives
-    x.ranks.work_alone(lambda: _note_rate(x, mined, known, stretch, metrics))
+    looked_at = _judged(x, mined, known)
+    x.ranks.work_alone(lambda: _note_rate(looked_at, recipe.margin, stretch, metrics))
     if not recipe.active:
         return None
-    found = find(x, mined, known)
+    found = _found(x, looked_at)
     for direction, those in found.suspects.items():
         counts = ", ".join(
             f"{count} {kind} ({treatment})"
@@ -115,13 +123,10 @@ def revision_of(
     )
 
 
-def _note_rate(
-    x: Experiment, mined: Mapping[Direction, Candidates], known: PairScores, stretch: Stretch, metrics: Path
-) -> None:
+def _note_rate(looked_at: Mapping[Direction, Judged], margin: float, stretch: Stretch, metrics: Path) -> None:
     line: dict[str, float] = {}
-    for direction, found in mined.items():
-        those = judged(found, known.lookup, x.corpus.matches)
-        above = those.scores > those.labelled + x.recipe.false_negatives.margin
+    for direction, those in looked_at.items():
+        above = those.scores > those.labelled + margin
         line[f"teacher/above_match/{direction}"] = float(above.mean()) if len(above) else 0.0
     note_round(metrics, step=stretch.start, number=stretch.number, values=line)
 

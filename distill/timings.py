@@ -9,6 +9,7 @@ A stage within a stage is a path, as ``mine/embed``. Seconds of a path are its o
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from distill import stopping
+from distill.durable import append_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -109,9 +111,9 @@ class Timings:
         seconds = {path: round(value, 6) for path, value in self._seconds.items()}
         line = {"session": self._session, "at": round(time.time(), 3), "seconds": seconds, "counts": self._counts}
         try:
-            _append(self._path, json.dumps({**line, "peak": peak_memory(), **more}))
+            append_line(self._path, {**line, "peak": peak_memory(), **more})
         except OSError as error:  # kept for the next line
-            log.warning("%s: %s; where the time goes is not noted", self._path, error.strerror)
+            log.warning("%s: %s; where the time goes is not noted", self._path, os.strerror(error.errno or errno.EIO))
         else:
             self._seconds, self._counts = {}, {}
 
@@ -125,16 +127,6 @@ def peak_memory() -> dict[str, int]:
     torch: Any = sys.modules.get("torch")
     on_device = torch.cuda.max_memory_allocated() if torch is not None and torch.cuda.is_initialized() else 0
     return {"host": own * RSS_UNIT, "children": others * RSS_UNIT, "device": int(on_device)}
-
-
-def _append(path: Path, line: str) -> None:
-    """One write, so that two processes' lines do not mix; a line that a crash cut short ends first."""
-    with path.open("ab+") as file:
-        file.seek(0, os.SEEK_END)
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            line = line if file.read(1) == b"\n" else "\n" + line
-        file.write(line.encode() + b"\n")
 
 
 @dataclass(frozen=True)

@@ -537,9 +537,9 @@ def test_a_killed_worker_is_told_by_one_message_and_costs_no_bit(place: Path, wh
     assert_same(place, whole)
 
 
-def test_a_worker_that_is_found_dead_between_two_steps_costs_no_step(tmp_path: Path) -> None:
-    """In a process of its own: word of the death may come at any moment, also to whatever runs a test."""
-    code = (
+def program(where_it_fails: str) -> str:
+    """A training one of whose two workers kills itself at step 7, and what then becomes of the error."""
+    return (
         "import os, signal, sys\n"
         "from dataclasses import replace\n"
         "from pathlib import Path\n"
@@ -553,9 +553,13 @@ def test_a_worker_that_is_found_dead_between_two_steps_costs_no_step(tmp_path: P
         "try:\n"
         "    run(Path(sys.argv[1]), settings=replace(SETTINGS, workers=2, checkpoint_every=100))\n"
         "except RuntimeError as error:\n"
-        "    print(type(error).__name__, error, sep=': ', flush=True)\n"
-        "    os._exit(0)\n"
+        f"    {where_it_fails}\n"
     )
+
+
+def test_a_worker_that_is_found_dead_between_two_steps_costs_no_step(tmp_path: Path) -> None:
+    """In a process of its own: word of the death may come at any moment, also to whatever runs a test."""
+    code = program("print(type(error).__name__, error, sep=': ', flush=True); os._exit(0)")
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "cut"],
         cwd=ROOT,
@@ -579,23 +583,7 @@ def test_a_worker_that_is_found_dead_between_two_steps_costs_no_step(tmp_path: P
 
 
 def test_a_program_that_keeps_the_error_ends_although_workers_outlive_sigterm(tmp_path: Path) -> None:
-    code = (
-        "import os, signal, sys\n"
-        "from dataclasses import replace\n"
-        "from pathlib import Path\n"
-        "from tests.test_train import SETTINGS, Batches, run\n"
-        "original = Batches.__getitem__\n"
-        "def dying(self, step):\n"
-        "    if step == 7:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return original(self, step)\n"
-        "Batches.__getitem__ = dying\n"
-        "try:\n"
-        "    run(Path(sys.argv[1]), settings=replace(SETTINGS, workers=2))\n"
-        "except RuntimeError as error:\n"
-        "    sys.kept = error\n"
-        "    print('kept', flush=True)\n"
-    )
+    code = program("sys.kept = error; print('kept', flush=True)")
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from distill.durable import TEMPORARY_PREFIX, exclusively, staged_folder, sweep_temporaries, write_atomically
+from distill.durable import (
+    TEMPORARY_PREFIX,
+    append_line,
+    exclusively,
+    staged_folder,
+    sweep_temporaries,
+    write_atomically,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -125,3 +132,13 @@ def test_exclusively_lets_one_in_at_a_time(tmp_path):
     for thread in threads:
         thread.join()
     assert most[0] == 1
+
+
+def test_a_log_s_line_that_a_crash_cut_short_costs_no_other(tmp_path):
+    path = tmp_path / "log.jsonl"
+    append_line(path, {"step": 1})
+    with path.open("ab") as file:
+        file.write(b'{"step": 2, "lo')
+    append_line(path, {"step": 3})
+    append_line(path, {"step": 4})
+    assert path.read_text() == '{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n{"step": 4}\n'
