@@ -1,0 +1,191 @@
+"""An exported student in use: its folder's own preprocessing, its towers in ONNX Runtime. No torch on the way."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from distill.export.layout import OUTPUTS, PRECISIONS, Precision, onnx_file, read_report
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from distill.exact import Vectors
+    from distill.protocols import Image, Side
+
+
+class MissingOnnxError(ImportError):
+    """ONNX Runtime, or what makes ONNX files, is not installed."""
+
+
+def onnx_module(name: str = "onnxruntime") -> Any:
+    """A module of the ``onnx`` extra, imported when it is first needed.
+
+    Raises:
+        MissingOnnxError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingOnnxError(f'{name} is not installed: pip install "cross2dual[onnx]"') from error
+
+
+class OnnxStudent:
+    """Unit vectors of texts and pictures by the ONNX files of an exported folder. Threads may share one."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        precision: Precision = "fp32",
+        threads: int | None = None,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+    ) -> None:
+        """Load preprocessing and both towers.
+
+        Args:
+            folder: What ``distill export`` wrote.
+            precision: Of both towers; a tower that has no such file, since it did not pass the proof, is taken in fp32.
+            threads: Of one call; None: the cores this process may use, or ``OMP_NUM_THREADS``.
+            providers: ONNX Runtime's execution providers, best first.
+
+        Raises:
+            NotAnExportError: not such a folder.
+            ValueError: neither tower has this precision.
+            MissingOnnxError: ONNX Runtime is not installed.
+        """
+        self.folder = Path(folder)
+        self.report = read_report(folder)
+        self.precisions: Mapping[Side, Precision] = _there(self.folder, precision)
+        self._sessions: dict[Side, Any] = {
+            side: open_session(onnx_file(folder, side, found), threads=threads, providers=providers)
+            for side, found in self.precisions.items()
+        }
+        self._texts = TextPreparation(self.folder)
+        self._images = ImagePreparation(self.folder)
+
+    @property
+    def dim(self) -> int:
+        """Width D of the vectors."""
+        return int(self.report["student"]["dim"])
+
+    def embed_texts(self, texts: Sequence[str]) -> Vectors:
+        """Unit vectors (N, D) float32; texts are padded to the longest and cut at the tokenizer's limit.
+
+        Raises:
+            ValueError: no text.
+        """
+        return self._run("text", self._texts(texts))
+
+    def embed_images(self, images: Sequence[Image]) -> Vectors:
+        """Unit vectors (N, D) float32 of upright RGB pictures, as ``distill.data.pictures.decode_image`` gives them.
+
+        Raises:
+            ValueError: no picture.
+        """
+        return self._run("image", self._images(images))
+
+    def _run(self, side: Side, inputs: Mapping[str, np.ndarray[Any, Any]]) -> Vectors:
+        session = self._sessions[side]
+        wanted = {one.name: inputs[one.name] for one in session.get_inputs()}
+        found: Vectors = session.run([OUTPUTS[side]], wanted)[0]
+        return found
+
+
+class TextPreparation:
+    """Texts to token ids, by the tokenizer's files alone."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Read the files in ``folder``."""
+        from transformers import AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        # SigLIP reads its vector off the last place, padding or not, so that a text has to fill all places
+        self._padding = "max_length" if config["model_type"] == "siglip" else "longest"
+        self._lock = threading.Lock()  # a tokenizer bears one caller at a time
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
+        """``input_ids`` and, as the tokenizer has them, ``attention_mask`` and ``token_type_ids``: (N, L) int64."""
+        if not texts:
+            raise ValueError("there is no text to embed")
+        with self._lock:
+            made = self._tokenizer(
+                list(texts),
+                padding=self._padding,
+                padding_side="right",
+                truncation=True,
+                return_attention_mask=True,
+                return_tensors="np",
+            )
+        return {name: np.asarray(value, np.int64) for name, value in made.items()}
+
+
+class ImagePreparation:
+    """Pictures to pixel values, by ``preprocessor_config.json`` alone."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Read the file in ``folder``."""
+        from transformers import AutoImageProcessor
+
+        # resampling by Pillow, as in training, whether or not torchvision is there
+        self._processor = AutoImageProcessor.from_pretrained(str(folder), backend="pil")
+
+    def __call__(self, images: Sequence[Image]) -> dict[str, np.ndarray[Any, Any]]:
+        """``pixel_values`` (N, 3, height, width) float32."""
+        if not images:
+            raise ValueError("there is no picture to embed")
+        made = self._processor(images=list(images), return_tensors="np")
+        return {"pixel_values": np.asarray(made["pixel_values"], np.float32)}
+
+
+def open_session(path: str | Path, *, threads: int | None = None, providers: Sequence[str]) -> Any:
+    """An inference session of one ONNX file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it cannot be read, or a provider is not there.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is not there: export the student again")
+    runtime = onnx_module()
+    missing = [name for name in providers if name not in runtime.get_available_providers()]
+    if missing:
+        raise ValueError(
+            f"ONNX Runtime here has no {', '.join(missing)}; it has {', '.join(runtime.get_available_providers())}"
+        )
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads or own_threads()
+    options.log_severity_level = 3  # errors
+    try:
+        return runtime.InferenceSession(str(path), options, providers=list(providers))
+    except Exception as error:  # of the runtime's own kinds, all of which mean that the file is no good
+        raise ValueError(f"{path} cannot be loaded ({error}): export the student again") from error
+
+
+def own_threads() -> int:
+    """Threads this process may use: ``OMP_NUM_THREADS`` where that is set, else the cores it may run on."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdigit() and int(asked):
+        return int(asked)
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not every system can tell
+        return os.cpu_count() or 1
+
+
+def _there(folder: Path, precision: Precision) -> dict[Side, Precision]:
+    sides: tuple[Side, ...] = ("text", "image")
+    found: dict[Side, Precision] = {
+        side: precision if onnx_file(folder, side, precision).is_file() else "fp32" for side in sides
+    }
+    if precision not in found.values():
+        have = [one for one in PRECISIONS if any(onnx_file(folder, side, one).is_file() for side in sides)]
+        raise ValueError(f"{folder} has no {precision} tower; it has {', '.join(have) or 'none at all'}")
+    return found
