@@ -154,6 +154,29 @@ class Recomputable(Protocol):
         """From now on, in training. Gives the sides whose tower does; raises ValueError where neither can."""
 
 
+class Tower(Protocol):
+    """One tower of a student by itself. Also an ``nn.Module`` without a branch on the data."""
+
+    @property
+    def input_names(self) -> Sequence[str]:
+        """What ``forward`` takes, in this order: names that the saved tokenizer or image processor gives."""
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Unit vectors (N, D) float32."""
+
+
+@runtime_checkable
+class Deployable(Protocol):
+    """A student that can be exported: its ``save_pretrained`` writes tokenizer, image processor and ``config.json``."""
+
+    @property
+    def why_not_stock(self) -> str | None:
+        """Why no transformers class gives the same embeddings from the saved folder; None where one does."""
+
+    def standalone(self, side: Side) -> Tower:
+        """A tower with all that follows it, up to the unit vector."""
+
+
 @dataclass(frozen=True)
 class Embeddings:
     """What a student's forward returns."""

@@ -31,6 +31,7 @@ from students.reading import (
     tower_of,
 )
 from students.recompute import recompute_layers
+from students.standalone import StandaloneTower
 from students.towers import Parts, join_towers, load_checkpoint
 
 if TYPE_CHECKING:
@@ -46,9 +47,9 @@ _LEAST_PART, _MOST_PARTS = 64, 8
 class DualEncoder(nn.Module):
     """Unit vectors for images and texts from a stock model with, where asked for, other pooling and heads.
 
-    Satisfies ``Student``, ``Freezable`` and ``Recomputable``. Starts in eval mode. ``model`` holds every stock weight.
-    SigLIP's ``logit_bias`` is in it but no part of a cosine: it keeps its value. Parameters that ``forward`` never
-    reaches are set to need no gradient, so that distributed training finds none unused.
+    Satisfies ``Student``, ``Freezable``, ``Recomputable`` and ``Deployable``. Starts in eval mode. ``model`` holds
+    every stock weight. SigLIP's ``logit_bias`` is in it but no part of a cosine: it keeps its value. Parameters that
+    ``forward`` never reaches are set to need no gradient, so that distributed training finds none unused.
 
     Raises:
         ValueError: the towers cannot give what the options ask for.
@@ -277,6 +278,16 @@ class DualEncoder(nn.Module):
         weight = self.model.logit_scale
         self.attention_heads = AttentionHeads(self.dim, width=width).to(weight.device)
 
+    def project(self, side: Side, states: Tensor) -> Tensor:
+        """A tower's pooled vectors (N, H) in the joint space (N, D), not normalised."""
+        pooled, head = self._pooled(side, states), self._head(side)
+        projected: Tensor = pooled if head is None else head(pooled)
+        return projected
+
+    def standalone(self, side: Side) -> StandaloneTower:
+        """One tower with all that follows it, for export; it shares this student's weights."""
+        return StandaloneTower(self, side)
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that ``load`` restores bit-equal and that, of a stock student, transformers reads as it is."""
         parts = Parts(self.model, self.image_processor, self.tokenizer)
@@ -328,9 +339,7 @@ class DualEncoder(nn.Module):
 
     def _embed(self, side: Side, seen: Reading) -> Tensor:
         rate = self.options.image_input_dropout if side == "image" else self.options.text_input_dropout
-        pooled = self._pooled(side, dropout(seen.pooled, rate, training=self.training))  # (N, H)
-        head = self._head(side)
-        return normalize((pooled if head is None else head(pooled)).float(), dim=-1)
+        return normalize(self.project(side, dropout(seen.pooled, rate, training=self.training)).float(), dim=-1)
 
     def _pooled(self, side: Side, states: Tensor) -> Tensor:
         """(N, H) -> (N, H): through the text tower's pooler where that trains."""

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     import datasets
-    import PIL.Image
     import pyarrow as pa
 
     from distill.protocols import Ids, Image
@@ -51,6 +50,8 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image:
     import PIL
     import PIL.Image
 
+    from distill.data.upright import upright_rgb
+
     if not data:
         raise UnreadableImageError("the file is empty (0 bytes)")
     try:
@@ -59,7 +60,11 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image:
             if width * height > max_pixels:
                 raise UnreadableImageError(_too_large(f"{width} x {height} = {width * height:,} pixels", max_pixels))
             opened.load()
-            return _upright_rgb(opened)
+            if opened.mode == "F":
+                raise UnreadableImageError(
+                    "pixels are floating-point numbers without a stated range; save it with 8 bits"
+                )
+            return upright_rgb(opened)
     except UnreadableImageError:
         raise
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
@@ -72,22 +77,6 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image:
 
 def _too_large(found: str, max_pixels: int) -> str:
     return f"too large to decode safely: {found}, the limit max_pixels is {max_pixels:,}"
-
-
-def _upright_rgb(image: PIL.Image.Image) -> Image:
-    import PIL.Image
-    import PIL.ImageOps
-
-    if image.getexif().get(0x0112, 1) != 1:  # EXIF orientation
-        image = PIL.ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise UnreadableImageError("pixels are floating-point numbers without a stated range; save it with 8 bits")
-    if image.mode.startswith("I"):  # 16 bits: a plain conversion would clip nearly everything to white
-        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", layer.size, "white"), layer)
-    return image.convert("RGB") if image.mode != "RGB" else image.copy()
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +120,15 @@ class Pictures:
             return []
         cells = self.dataset[wanted]["image"]
         return [self._decode(row, cell) for row, cell in zip(wanted, cells, strict=True)]
+
+    def encoded(self, rows: Ids) -> list[bytes]:
+        """The image files' bytes of these rows, in order.
+
+        Raises:
+            OSError: A file is gone.
+        """
+        cells = self.dataset[[int(row) for row in rows]]["image"] if len(rows) else []
+        return [cell["bytes"] or Path(str(cell["path"])).read_bytes() for cell in cells]
 
     def _decode(self, row: int, cell: dict[str, bytes | str | None]) -> Image:
         data, path = cell["bytes"], cell["path"]

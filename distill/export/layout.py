@@ -30,6 +30,9 @@ STEMS: dict[Side, str] = {"text": "text_model", "image": "vision_model"}
 OUTPUTS: dict[Side, str] = {"text": "text_embeds", "image": "image_embeds"}
 """Name of a tower's only output, (N, D) float32 unit vectors."""
 
+INPUT_NAMES = "input_names"
+"""Extra file in a program of ``torch.export``: what its inputs are called, in their order, parted by blanks."""
+
 
 class NotAnExportError(FileNotFoundError):
     """A folder that ``distill export`` did not write."""

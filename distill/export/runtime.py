@@ -33,7 +33,8 @@ def onnx_module(name: str = "onnxruntime") -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise MissingOnnxError(f'{name} is not installed: pip install "cross2dual[onnx]"') from error
+        extra = "openvino" if name == "openvino" else "onnx"
+        raise MissingOnnxError(f'{name} is not installed: pip install "cross2dual[{extra}]"') from error
 
 
 class OnnxStudent:

@@ -1,0 +1,256 @@
+"""The exported folder: artefacts are written, proven one by one, and what fails is taken out again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from distill.export import routes, towers
+from distill.export.layout import STEMS, Precision, onnx_file
+from distill.export.proof import GATES, Agreement, Gate, Sample, faults
+from distill.export.runtime import ImagePreparation
+from distill.inference import batches_of
+from distill.protocols import SIDES
+
+if TYPE_CHECKING:
+    from distill.data.corpus import Corpus
+    from distill.exact import Vectors
+    from distill.export.routes import Route
+    from distill.protocols import Ids, Side
+
+log = logging.getLogger(__name__)
+ARTEFACTS = ("transformers", "sentence-transformers", "onnx", "fp16", "int8", "torch-export", "openvino")
+"""What can be asked for; ``onnx`` is what fp16, int8 and OpenVINO are made of."""
+BY_DEFAULT = frozenset(ARTEFACTS[:5])
+_CALIBRATION = 128  # training pictures that int8 ranges are read off
+_CALIBRATED_AT_ONCE = 16
+_LOCAL_KEYS = ("is_local", "local_files_only")  # how the tokenizer was loaded here, which transformers writes down
+
+
+class NothingPassedError(ValueError):
+    """No artefact agreed with the student, so that there is nothing to export."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What is exported.
+
+    Attributes:
+        student: In eval mode, float32, on the CPU.
+        corpus: Where the real queries come from.
+        ids: Rows of the split that artefacts are judged on, by side.
+        calibration: Rows of training images.
+        embed: Vectors of any rows, by the student.
+    """
+
+    student: Any
+    corpus: Corpus
+    ids: Mapping[Side, Ids]
+    calibration: Ids
+    embed: Callable[[Side, Ids], Vectors]
+
+
+@dataclass
+class Artefact:
+    """One artefact of one side (of both, where ``side`` is None) and what the proof found."""
+
+    name: str
+    side: Side | None
+    precision: Precision
+    agreement: Agreement
+    faults: Sequence[str]
+    files: Sequence[str] = ()
+    way: str | None = None  # of int8
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+        way = f" ({self.way})" if self.way else ""
+        return f"{self.name}{way}, {'both sides' if self.side is None else self.side + 's'}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the report."""
+        found = {"name": self.name, "side": self.side or "both", "precision": self.precision, "way": self.way}
+        return {**found, "passed": not self.faults, "faults": list(self.faults), **self.agreement.as_dict()}
+
+
+@dataclass
+class Proof:
+    """The artefacts of a folder, as they are judged one after another."""
+
+    folder: Path
+    sample: Sample
+    gates: Mapping[Precision, Gate] = field(default_factory=lambda: GATES)
+    judged: list[Artefact] = field(default_factory=list)
+    vectors: dict[tuple[str, Side], Vectors] = field(default_factory=dict)
+
+    def judge(self, route: Route, *, way: str | None = None) -> Artefact:
+        """Measure a route; nothing is removed."""
+        vectors = self.sample.embed(route)
+        found = self.sample.measure(route, vectors)
+        said = faults(found, self.gates[route.precision], precision=route.precision)
+        one = Artefact(route.name, route.side, route.precision, found, said, route.files, way)
+        self.judged.append(one)
+        self.vectors[route.name, route.side] = vectors
+        log.info("%s: %s", one.label, "; ".join(said) if said else f"passes, least cosine {found.least_cosine:.6f}")
+        return one
+
+    def keep(self, route: Route, *, way: str | None = None) -> bool:
+        """Measure a route and remove its files where it fails."""
+        one = self.judge(route, way=way)
+        if one.faults:
+            remove(self.folder, one.files)
+        return not one.faults
+
+    def judge_pair(self, name: str, precision: Precision) -> Artefact | None:
+        """Both towers of a reduced precision together, where both are there."""
+        if any((name, side) not in self.vectors for side in SIDES):
+            return None
+        found = self.sample.agreement({side: self.vectors[name, side] for side in SIDES})
+        one = Artefact(name, None, precision, found, faults(found, self.gates[precision], precision=precision))
+        self.judged.append(one)
+        log.info("%s: %s", one.label, "; ".join(one.faults) if one.faults else "passes")
+        return one
+
+
+def write_artefacts(origin: Origin, proof: Proof, wanted: frozenset[str]) -> None:
+    """Fill the proof's folder with what was asked for and passes.
+
+    Raises:
+        NothingPassedError: nothing does.
+        ValueError: a tower cannot be traced.
+    """
+    _write_repository(origin.student, proof, wanted)
+    if wanted - {"transformers", "sentence-transformers"}:
+        _write_towers(origin, proof, wanted)
+    if all(one.faults for one in proof.judged):
+        told = "\n".join(f"  {one.label}: {'; '.join(one.faults)}" for one in proof.judged)
+        raise NothingPassedError(f"no artefact agrees with the student, so nothing is exported:\n{told}")
+
+
+def remove(folder: Path, files: Sequence[str]) -> None:
+    """Take files and folders out of an exported folder."""
+    for name in files:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _write_repository(student: Any, proof: Proof, wanted: frozenset[str]) -> None:
+    """Config, tokenizer and image processor in any case: every route prepares by them. Weights where a class fits."""
+    folder = proof.folder
+    student.save_pretrained(folder)
+    for own in ("student.json", "student_heads.safetensors"):  # of ours; nobody else reads them
+        (folder / own).unlink(missing_ok=True)
+    path = folder / "tokenizer_config.json"
+    kept = {key: value for key, value in json.loads(path.read_text("utf-8")).items() if key not in _LOCAL_KEYS}
+    path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    stock = student.why_not_stock is None
+    passed = False
+    if stock and "transformers" in wanted:
+        passed = all([proof.keep(route) for route in routes.transformers_routes(folder)])
+    if passed and "sentence-transformers" in wanted:
+        write_sentence_transformers(folder)
+        for route in routes.sentence_transformers_routes(folder):
+            proof.keep(route)
+    if not passed:
+        (folder / "model.safetensors").unlink(missing_ok=True)
+
+
+def write_sentence_transformers(folder: Path) -> None:
+    """The files that make a transformers repository one of sentence-transformers too, with a Normalize module."""
+    import warnings
+
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Normalize
+
+    beside = folder / "of-sentence-transformers"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = SentenceTransformer(str(folder), device="cpu")
+        model.append(Normalize())
+        model.save_pretrained(str(beside), create_model_card=False)
+    for name in routes.SENTENCE_TRANSFORMERS_FILES:
+        shutil.move(beside / name, folder / name)
+    shutil.rmtree(beside)
+
+
+def _write_towers(origin: Origin, proof: Proof, wanted: frozenset[str]) -> None:
+    folder, examples = proof.folder, _examples(origin)
+    for side in SIDES:
+        names = list(origin.student.standalone(side).input_names)
+        program = towers.traced(origin.student, side, examples[side])
+        towers.write_onnx(program, onnx_file(folder, side, "fp32"), side=side, input_names=names)
+        if "torch-export" in wanted:
+            towers.write_program(program, folder / "torch_export" / f"{STEMS[side]}.pt2", input_names=names)
+        if "openvino" in wanted:
+            towers.write_openvino(onnx_file(folder, side, "fp32"), folder / "openvino" / f"{STEMS[side]}.xml")
+    full: dict[Side, Path] = {side: onnx_file(folder, side, "fp32") for side in SIDES}
+    for precision, write in (("fp16", _write_fp16), ("int8", _write_int8)):
+        if precision in wanted:
+            for side in SIDES:
+                write(origin, proof, side, full[side])
+            _keep_pair(proof, precision)  # type: ignore[arg-type]
+    for route in [
+        *routes.program_routes(folder),
+        *routes.openvino_routes(folder),
+        *(routes.onnx_routes(folder, "fp32")),
+    ]:
+        proof.keep(route)
+    if "onnx" not in wanted:
+        for path in full.values():
+            path.unlink(missing_ok=True)
+
+
+def _write_fp16(_: Origin, proof: Proof, side: Side, source: Path) -> None:
+    towers.write_fp16(source, onnx_file(proof.folder, side, "fp16"))
+    proof.keep(_route(proof.folder, "fp16", side))
+
+
+def _write_int8(origin: Origin, proof: Proof, side: Side, source: Path) -> None:
+    """By the ways that suit the tower, until one passes."""
+    for way in towers.INT8_WAYS[towers.has_convolutions(source)]:
+        calibration = _calibration(origin, proof.folder) if way == "static" else ()
+        towers.write_int8(source, onnx_file(proof.folder, side, "int8"), way=way, calibration=calibration)
+        if proof.keep(_route(proof.folder, "int8", side), way=way):
+            return
+
+
+def _route(folder: Path, precision: Precision, side: Side) -> Route:
+    return next(route for route in routes.onnx_routes(folder, precision) if route.side == side)
+
+
+def _keep_pair(proof: Proof, precision: Precision) -> None:
+    """Of towers that pass alone and fail together, the one that loses more goes."""
+    files = {side: onnx_file(proof.folder, side, precision) for side in SIDES}
+    if not all(path.is_file() for path in files.values()):
+        return
+    pair = proof.judge_pair(f"onnx {precision}", precision)
+    if pair is not None and pair.faults:
+        alone = [one for one in proof.judged if one.name == pair.name and one.side is not None and not one.faults]
+        worse = min(alone, key=lambda one: min(one.agreement.recall_change.values()))
+        worse.faults = [f"passes alone, but not together with the other tower: {'; '.join(pair.faults)}"]
+        remove(proof.folder, worse.files)
+
+
+def _examples(origin: Origin) -> dict[Side, Any]:
+    """Three items of each side: sizes of 0 and 1 would become constants of the program."""
+    texts = [origin.corpus.texts[row] for row in origin.ids["text"][:3].tolist()]
+    texts += ["one more"] * (3 - len(texts))
+    images = origin.corpus.load_images(np.resize(origin.ids["image"][:3], 3))
+    given: dict[str, Any] = dict(origin.student.prepare_texts(texts))
+    if "attention_mask" not in given:  # where a length is fixed, training derives it
+        given["attention_mask"] = given["input_ids"].new_ones(given["input_ids"].shape)
+    return {"text": given, "image": origin.student.prepare_images(images)}
+
+
+def _calibration(origin: Origin, folder: Path) -> list[dict[str, Any]]:
+    prepare = ImagePreparation(folder)
+    rows = batches_of(origin.calibration[:_CALIBRATION], _CALIBRATED_AT_ONCE)
+    return [prepare(origin.corpus.load_images(part)) for part in rows]
