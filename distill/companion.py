@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 KEYS = frozenset({"keys_student", "keys_momentum", "keys_positive", "keys_valid"})
+CUT_KEYS = frozenset({"keys_queries", "keys_vectors"})  # beside them, for whoever cuts vectors: (B, D), (C, D)
 AFFINE = frozenset({"affine"})
 AFFINE_LR = 0.01  # at the height of the schedule: 1 % of the factor a step, whatever the student's own rate
 
@@ -158,6 +159,8 @@ def _keys(
         true = positives(matches, direction, query_ids.numpy(), key_ids.numpy())
         made[direction] = {
             "keys_student": student.float() @ keys.T,
+            "keys_queries": student.float(),
+            "keys_vectors": keys,
             "keys_momentum": momentum @ keys.T,
             "keys_positive": true.to(device),
             "keys_valid": (key_ids >= 0).to(device).expand(len(query_ids), -1),

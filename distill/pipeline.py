@@ -341,6 +341,7 @@ _MEANING_OF_TRAIN = {
     "precision",
     "micro_batch",
     "augment",
+    "matryoshka",
 }
 
 

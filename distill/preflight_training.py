@@ -34,6 +34,8 @@ def check_means(x: Experiment) -> None:
         _check_recomputing(x)
     if x.recipe.train.compile:
         _check_compiling(x)
+    if x.recipe.train.matryoshka:
+        _check_widths(x)
 
 
 def _check_augmenting(x: Experiment) -> None:
@@ -70,3 +72,16 @@ def _check_compiling(x: Experiment) -> None:
             f"train.compile: {error}; install a C++ compiler (g++, or one that the variable CXX names), or leave "
             "train.compile out"
         ) from None
+
+
+def _check_widths(x: Experiment) -> None:
+    """Of vectors that are to be cut; only the student itself says how wide they are."""
+    dim, widths = x.builders.student(x.corpus).dim, x.recipe.train.matryoshka
+    if widths[-1] >= dim:
+        below = [width for width in widths if width < dim]
+        raise ExperimentError(
+            f"train.matryoshka: {list(widths)} holds widths that are not below the student's own, {dim}, which is "
+            f"always trained: take {below}"
+            + ("" if below else ", which is to leave it out")
+            + ", or give the student wider vectors (student.projection_dim)"
+        )

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -21,27 +20,22 @@ from distill.batches import Batches, StepBatch
 from distill.checkpoint import Others, checkpoint_of, latest_checkpoint, load_checkpoint, save_checkpoint, step_of
 from distill.companion import Companion
 from distill.compiling import compiled
-from distill.encoding import Encoded, encode, with_remembered
-from distill.extras import extras_of_direction, extras_of_step
-from distill.inference import reproducible, to_device
+from distill.inference import reproducible
 from distill.loading import LoadingError, load, worker_advice
-from distill.losses.combine import NonFiniteLossError, Weighted
+from distill.losses.combine import Weighted
 from distill.meter import Meter
 from distill.profiling import UNPROFILED, Profiler, traced
 from distill.progress import Progress
-from distill.protocols import SIDES, Direction, Embeddings, Scored
+from distill.protocols import SIDES
 from distill.ranks import RandomStates, Ranks
 from distill.sharding import Whole, average_scalars, give_back, trained_of
 from distill.slow_copy import MomentumSettings
+from distill.step_loss import TrainingError, some, step_loss
 from distill.timings import Timings
 from distill.tracking import Tracking
 
 log = logging.getLogger(__name__)
 _LEAST_SCALE = 2.0**-14  # of fp16's loss: 30 steps in a row left out from where it starts, and no good one of 2000
-
-
-class TrainingError(RuntimeError):
-    """Training that cannot go on, with the ids that caused it."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +51,7 @@ class TrainSettings:
     seed: int
     precision: str = "no"
     micro_batch: int | None = None  # most items of a side encoded at once, by gradient caching; None = all
+    matryoshka: tuple[int, ...] = ()  # widths below the student's at which the loss is computed too, ascending
     compile: bool = False  # the student's forward and backward pass, by torch.compile
     workers: int = 0
     log_every: int = 50
@@ -169,14 +164,13 @@ def train(
             companion.begin_step(plain)
             with _memory_advice(batch, settings, ranks.count):
                 with traced("loss"):
-                    loss = _step_loss(
+                    loss = step_loss(
                         model,
                         batch,
                         phase,
                         accelerator,
                         companion,
-                        micro_batch=settings.micro_batch,
-                        progress=settings.progress_at(batch.step),
+                        settings=settings,
                         measured=meter.due(batch.step),
                     )
                 with traced("backward"):
@@ -192,7 +186,7 @@ def train(
                 _check_scale(prepared, accelerator.scaler, batch.step)
                 prepared.zero_grad()
             values = {"lr": settings.lr_at(batch.step), **loss.values, **companion.logged()}
-            line = meter.step(batch, loss.total, loss.parts, values=values, norm=norm, waited=waited)
+            line = meter.step(batch, loss.total, loss.parts | loss.widths, values=values, norm=norm, waited=waited)
             if line is not None:
                 tracking.log(line, batch.step + 1)
             bar.advance(1)
@@ -292,117 +286,11 @@ class _Keeper:
             raise
 
 
-@dataclass(frozen=True)
-class _StepLoss:
-    encoded: Encoded
-    total: Tensor  # (), weighted, the mean of both directions
-    parts: dict[str, Tensor]  # (), unweighted
-    values: dict[str, Tensor]  # (), what the log shows beside them
-
-
-def _step_loss(
-    model: nn.Module,
-    batch: StepBatch,
-    phase: Phase,
-    accelerator: Accelerator,
-    companion: Companion,
-    *,
-    micro_batch: int | None,
-    progress: float,
-    measured: bool,
-) -> _StepLoss:
-    """The loss of a step; with ``measured``, its values tell what losses divide the teacher's scores by."""
-    device, losses = accelerator.device, phase.losses
-    attention_pairs = None
-    if "student_attention" in losses.needs:
-        attention_pairs = (batch.pairs[0].to(device), batch.pairs[1].to(device))
-    with traced("to device"):
-        images, texts = to_device(batch.images, device), to_device(batch.texts, device)
-    with traced("encode"):
-        encoded = encode(
-            model,
-            images,
-            texts,
-            accelerator=accelerator,
-            counts=(len(batch.encoded("image")), len(batch.encoded("text"))),
-            micro_batch=micro_batch,
-            attention_pairs=attention_pairs,
-        )
-    out = encoded.embeddings
-    if out.images is None or out.texts is None:
-        raise TrainingError("the student gave no embeddings for one side")
-    _check_embeddings(out, batch)
-    extras = extras_of_step(out, batch, losses.needs, device, followed=phase.followed)
-    out = with_remembered(out, batch)
-    beside = companion.extras(out, batch, phase.batches.matches, accelerator)
-    parts: dict[str, Tensor] = {}
-    values = {"scale": out.scale.detach()}
-    for direction, grid in batch.grids.items():
-        scored = _scored(_similarity(out, batch, direction), batch, direction, out.scale)
-        scored = replace(
-            scored, extras=extras | beside[direction] | extras_of_direction(batch, direction, losses, device)
-        )
-        try:
-            here = losses.parts_of(scored)
-        except NonFiniteLossError as error:
-            queries = (batch.image_ids if direction == "i2t" else batch.text_ids)[grid.rows.numpy()]
-            raise TrainingError(f"step {batch.step}, {direction}: {error}; query ids {_some(queries)}") from error
-        units = losses.teacher_units(scored) if measured else {}
-        for sums, found in ((parts, here), (values, {f"teacher_std/{name}": unit for name, unit in units.items()})):
-            for name, value in found.items():
-                sums[name] = sums[name] + value / 2 if name in sums else value / 2
-    # a gradient of 0 where no loss reads the scale: processes that average gradients wait for that of every weight
-    return _StepLoss(encoded, losses.total(parts, progress) + 0 * out.scale, parts, values)
-
-
-def _similarity(out: Embeddings, batch: StepBatch, direction: Direction) -> Tensor:
-    """Cosines (Q, C) of a direction's queries with all items of the step; mined items ask nothing themselves."""
-    assert out.images is not None
-    assert out.texts is not None
-    asking, items = (out.images, out.texts) if direction == "i2t" else (out.texts, out.images)
-    rows = batch.grids[direction].rows.to(asking.device)
-    return asking.float()[rows] @ items.float().T
-
-
-def _scored(student: Tensor, batch: StepBatch, direction: Direction, scale: Tensor) -> Scored:
-    """``student``: cosines (Q, C) of the direction's grid."""
-    grid, device = batch.grids[direction], student.device
-    teacher = grid.teacher.to(device)
-    infinite = torch.isinf(teacher).any(dim=1)
-    if infinite.any():
-        queries = (batch.image_ids if direction == "i2t" else batch.text_ids)[grid.rows[infinite.cpu()].numpy()]
-        raise TrainingError(
-            f"step {batch.step}, {direction}: the teacher's scores hold infinities, query ids {_some(queries)}; delete "
-            "the store of that teacher and score again"
-        )
-    return Scored(
-        student=student,
-        teacher=teacher,
-        positive=grid.positive.to(device),
-        valid=torch.ones_like(student, dtype=torch.bool) if grid.valid is None else grid.valid.to(device),
-        scale=scale,
-        in_batch=grid.in_batch.to(device),
-    )
-
-
-def _check_embeddings(out: Embeddings, batch: StepBatch) -> None:
-    for side, vectors in zip(SIDES, (out.images, out.texts), strict=True):
-        assert vectors is not None
-        ids = batch.encoded(side)
-        bad = ~torch.isfinite(vectors.detach()).all(dim=1)
-        if bad.any():
-            raise TrainingError(
-                f"step {batch.step}: {int(bad.sum())} {side} embeddings are not finite, "
-                f"ids {_some(ids[bad.cpu().numpy()])};"
-                " lower train.lr, or look at those items with `distill data`"
-            )
-
-
 def _check_gradient(norm: Any, batch: StepBatch, accelerator: Accelerator) -> None:
     if accelerator.scaler is None and norm is not None and not math.isfinite(float(norm)):
         raise TrainingError(
-            f"step {batch.step}: the gradient is not finite; image ids {_some(batch.image_ids)}, text ids "
-            f"{_some(batch.text_ids)}; lower train.lr or a loss's weight"
+            f"step {batch.step}: the gradient is not finite; image ids {some(batch.image_ids)}, text ids "
+            f"{some(batch.text_ids)}; lower train.lr or a loss's weight"
         )
 
 
@@ -425,7 +313,3 @@ def _check_weights(weights: Mapping[str, Tensor], step: int) -> None:
             f"{', ...' if len(bad) > 3 else ''}); they were not kept, the checkpoint before is as it was; begin again "
             "under another name (--set name=...) with a lower train.lr"
         )
-
-
-def _some(ids: np.ndarray[Any, Any], most: int = 8) -> str:
-    return ", ".join(str(int(item)) for item in ids[:most]) + (", ..." if len(ids) > most else "")

@@ -35,7 +35,8 @@ from distill.loading import LoadingError
 from distill.losses import Contrastive, Part, Weighted
 from distill.protocols import Scored
 from distill.sampler import BatchSampler
-from distill.train import Phase, TrainingError, train
+from distill.step_loss import TrainingError
+from distill.train import Phase, train
 from tests.fragile import LOSS, STUDENT, TEACHER, happening
 from tests.test_ranks import ended
 from tests.test_stopping import untimed

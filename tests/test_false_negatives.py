@@ -27,7 +27,7 @@ from distill.false_negatives import (
 from distill.losses import MarginMSE
 from distill.protocols import DIRECTIONS, Candidates
 from distill.sampler import BatchSampler, CandidateSampler
-from distill.train import _scored
+from distill.step_loss import scored_of
 
 N_IMAGES, CAPTIONS = 20, 2
 N_TEXTS = N_IMAGES * CAPTIONS
@@ -330,7 +330,7 @@ def test_losses_see_the_mask_and_a_sum_over_negatives_is_weighted_on_average(pla
     for step in range(300):
         batch = replace(plain, revision=revision)[step]
         here = similarity[batch.image_ids][:, batch.text_ids]
-        scored = _scored(here[batch.grids["i2t"].rows], batch, "i2t", torch.ones(()))
+        scored = scored_of(here[batch.grids["i2t"].rows], batch, "i2t", torch.ones(()))
         assert torch.equal(scored.valid, batch.grids["i2t"].valid)
         negative = scored.valid & ~scored.positive
         sums.append(float((scored.student.exp() * negative).sum()))

@@ -169,11 +169,11 @@ def test_a_cell_that_is_not_computed_is_one_that_the_loss_does_not_read(batches:
 
 
 def scored_of(step, extras):
-    from distill.train import _scored
+    from distill.step_loss import scored_of as seen
 
     student = ToyStudent()(step.images, step.texts)
     cosines = (student.images @ student.texts.T)[step.grids["i2t"].rows]
-    return replace(_scored(cosines, step, "i2t", student.scale), extras=extras)
+    return replace(seen(cosines, step, "i2t", student.scale), extras=extras)
 
 
 def test_embeddings_are_those_of_the_steps_items_and_the_students_carry_gradient(batches: Batches) -> None:

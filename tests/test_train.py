@@ -20,7 +20,8 @@ from distill.embed import live_source
 from distill.losses import KL, Contrastive, Part, Weighted
 from distill.protocols import Embeddings, Scored
 from distill.sampler import BatchSampler
-from distill.train import Phase, TrainingError, TrainSettings, _similarity, train
+from distill.step_loss import TrainingError, similarity
+from distill.train import Phase, TrainSettings, train
 from tests.toys import ToyStudent, expected_scores, toy_corpus
 
 SETTINGS = TrainSettings(
@@ -226,7 +227,7 @@ def test_similarities_are_those_of_the_grid_s_queries_with_every_item_of_the_ste
     texts = torch.randn(len(step.text_ids), 3, generator=generator)
     out = Embeddings(images, texts, torch.ones(()))
     for direction, asking, items in (("i2t", images, texts), ("t2i", texts, images)):
-        found = _similarity(out, step, direction)
+        found = similarity(out, step, direction)
         assert found.shape == step.grids[direction].teacher.shape
         for place, row in enumerate(step.grids[direction].rows.tolist()):
             for column in range(len(items)):

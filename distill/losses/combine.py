@@ -96,14 +96,19 @@ class Weighted:
         """Each part's weight by name, as it is at a progress in [0, 1]; parts without a schedule need none."""
         return {part.name: part.weight_at(progress) for part in self.parts}
 
-    def parts_of(self, scored: Scored) -> dict[str, Tensor]:
+    def parts_of(self, scored: Scored, known: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Each part's unweighted scalar by name, with gradient where its weight is above 0.
+
+        Args:
+            scored: the batch.
+            known: values of parts that are not computed again.
 
         Raises:
             NonFiniteLossError: a part is NaN or infinite.
             ValueError: a part did not give a scalar tensor.
         """
-        values = {part.name: _value(part, scored) for part in self.parts}
+        known = known or {}
+        values = {p.name: known[p.name] if p.name in known else _value(p, scored) for p in self.parts}
         finite = torch.stack([value.detach().isfinite() for value in values.values()])
         if not bool(finite.all()):  # one wait for the device, however many parts
             bad = self.parts[finite.tolist().index(False)]

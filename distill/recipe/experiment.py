@@ -85,7 +85,16 @@ class TrainRecipe(Grown):
     """One student's training. Every arm gets the same steps, seed and batches."""
 
     later: ClassVar[frozenset[str]] = frozenset(
-        {"micro_batch", "candidates", "group", "groupings", "gradient_checkpointing", "compile", "augment"}
+        {
+            "micro_batch",
+            "candidates",
+            "group",
+            "groupings",
+            "gradient_checkpointing",
+            "compile",
+            "augment",
+            "matryoshka",
+        }
     )
 
     steps: Count = 1200
@@ -138,11 +147,27 @@ class TrainRecipe(Grown):
         description="crop and mirror pictures in training, by a draw of seed, epoch and picture; they are then decoded "
         "in every step (see workers); for an image tower that trains",
     )
+    matryoshka: tuple[Count, ...] = Field(
+        default=(),
+        description="widths, ascending and below the student's, at which the loss is computed too, on vectors that are "
+        "cut to their first numbers: the student's vectors can then be cut when they are stored",
+    )
     workers: Natural = Field(default=0, description="loader processes; 0 = in the main one")
     log_every: Count = 50
     checkpoint_every: Count = 500
     keep_checkpoints: Count = 1
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+    @field_validator("matryoshka")
+    @classmethod
+    def _ascend(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        ordered = tuple(sorted(set(value)))
+        if value != ordered:
+            raise ValueError(
+                f"{list(value)}: give the widths in ascending order, each once, as in {list(ordered)}; the student's "
+                "full width is always trained and not named"
+            )
+        return value
 
     @model_validator(mode="after")
     def _groups_fill_batches(self) -> TrainRecipe:
