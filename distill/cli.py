@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from distill import compare_commands, doctor_commands, stopping, store_commands
+from distill import compact_commands, compare_commands, doctor_commands, stopping, store_commands
 from distill.progress import is_main_process
 
 if TYPE_CHECKING:
@@ -174,11 +174,8 @@ def false_negatives(
 ) -> None:
     """The run's candidates that the teacher puts above the labelled match: a table, and a page to review them."""
     from distill.false_negatives_review import review
-    from distill.preflight import check_data
 
-    here = [f"runs={run.resolve().parent}", f"name={run.resolve().name}", "train.trackers=[]"]
-    x = _open(str(_recipe_of(run)), here)
-    check_data(x)
+    x = _open_run(run)
     lines, folder = review(x, margin=margin, top=top)
     typer.echo("\n".join(lines))
     typer.echo(f"page: {folder / 'index.html'}, pairs: {folder / 'pairs.csv'}")
@@ -288,6 +285,16 @@ def _recipe_of(run: Path) -> Path:
     return found
 
 
+def _open_run(run: Path) -> Experiment:
+    """The experiment of a run's folder, wherever that lies now; refused beside other data than it was begun with."""
+    from distill.preflight import check_data
+
+    here = [f"runs={run.resolve().parent}", f"name={run.resolve().name}", "train.trackers=[]"]
+    x = _open(str(_recipe_of(run)), here)
+    check_data(x)
+    return x
+
+
 def _begin(
     name: str, overrides: list[str], *, resume: bool, arms: list[str] | None = None, profile: str = ""
 ) -> Experiment:
@@ -337,6 +344,7 @@ def _quieten_libraries() -> None:
 
 
 app.command(name="compare")(compare_commands.compare_command(compare_commands.Opening(_open, _experiment)))
+app.command(name="compact")(compact_commands.compact_command(_open_run))
 app.add_typer(doctor_commands.doctor_app(_open), name="doctor", help="What is installed; a closer look at a teacher.")
 app.add_typer(store_commands.app, name="store")
 

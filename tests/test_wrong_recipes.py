@@ -19,7 +19,7 @@ def distill(
 ) -> subprocess.CompletedProcess[str]:
     """Run the command as a user does, in a folder of the test's."""
     overrides = [f"--set={item}" for item in [*settings, f"runs={folder / 'runs'}", f"cache={folder / 'cache'}"]]
-    search = arguments and arguments[0] == "search"
+    search = arguments and arguments[0] in ("search", "compact")  # which read a run, not a recipe
     return subprocess.run(
         [sys.executable, "-m", "distill", *arguments, *([] if search else overrides)],
         capture_output=True,
