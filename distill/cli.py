@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from distill import compact_commands, compare_commands, doctor_commands, stopping, store_commands
+from distill import bench_commands, compact_commands, compare_commands, doctor_commands, stopping, store_commands
 from distill.progress import is_main_process
 
 if TYPE_CHECKING:
@@ -345,6 +345,7 @@ def _quieten_libraries() -> None:
 
 app.command(name="compare")(compare_commands.compare_command(compare_commands.Opening(_open, _experiment)))
 app.command(name="compact")(compact_commands.compact_command(_open_run))
+app.command(name="bench")(bench_commands.bench_command(_open_run))
 app.add_typer(doctor_commands.doctor_app(_open), name="doctor", help="What is installed; a closer look at a teacher.")
 app.add_typer(store_commands.app, name="store")
 

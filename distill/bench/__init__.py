@@ -1,0 +1,1 @@
+"""What a student costs in use, against its teacher: times in paired rounds, indexes, quality."""
