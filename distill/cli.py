@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from distill import bench_commands, compact_commands, compare_commands, doctor_commands, stopping, store_commands
+from distill import (
+    bench_commands,
+    compact_commands,
+    compare_commands,
+    doctor_commands,
+    export_commands,
+    stopping,
+    store_commands,
+)
 from distill.progress import is_main_process
 
 if TYPE_CHECKING:
@@ -208,7 +216,7 @@ def main() -> None:
     if not is_main_process():  # of several: one log
         logging.getLogger().setLevel(logging.ERROR)
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  (to the end of the process)
-    for noisy in ("httpx", "faiss", "datasets", "accelerate", "PIL"):
+    for noisy in ("httpx", "faiss", "datasets", "accelerate", "PIL", "sentence_transformers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         with stopping.listening():
@@ -345,6 +353,7 @@ def _quieten_libraries() -> None:
 
 app.command(name="compare")(compare_commands.compare_command(compare_commands.Opening(_open, _experiment)))
 app.command(name="compact")(compact_commands.compact_command(_open_run))
+app.command(name="export")(export_commands.export_command(_open_run))
 app.command(name="bench")(bench_commands.bench_command(_open_run))
 app.add_typer(doctor_commands.doctor_app(_open), name="doctor", help="What is installed; a closer look at a teacher.")
 app.add_typer(store_commands.app, name="store")

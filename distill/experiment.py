@@ -121,6 +121,12 @@ class Experiment:
             )
         return made
 
+    def use_cpu(self) -> None:
+        """From here on, whatever the recipe says; before any model was made."""
+        self.recipe = self.recipe.model_copy(
+            update={"device": "cpu", "train": self.recipe.train.model_copy(update={"precision": "no"})}
+        )
+
     @cached_property
     def ranks(self) -> Ranks:
         """The processes of the run."""

@@ -131,6 +131,42 @@ def intervals(points: Numbers, clusters: Clusters, how: Resampling) -> list[tupl
     return list(zip(found.low.tolist(), found.high.tolist(), strict=True))
 
 
+def recall_intervals(evaluation: Evaluation, clusters: Clusters, how: Resampling) -> dict[str, tuple[float, float]]:
+    """Percentile bootstrap interval of each recall, in percent, by name (``i2t_r1`` ...); none for one cluster."""
+    found: dict[str, tuple[float, float]] = {}
+    sides = {
+        "i2t": (clusters.of_images, evaluation.i2t_ranks, clusters.images),
+        "t2i": (clusters.of_texts, evaluation.t2i_ranks, clusters.texts),
+    }
+    for way, (of, ranks, counts) in sides.items():
+        for cut in CUTS:
+            hits: Numbers = np.bincount(of, (ranks <= cut).astype(np.float64), len(clusters)).astype(np.float64)
+            interval = _share_interval(hits, counts, how)
+            if interval is not None:
+                found[f"{way}_r{cut}"] = interval
+    return found
+
+
+def _share_interval(hits: Numbers, counts: Numbers, how: Resampling) -> tuple[float, float] | None:
+    """Of 100 sum(hits) / sum(counts) over clusters (C,), which are drawn whole."""
+    from scipy.stats import bootstrap
+
+    if len(hits) < 2:
+        return None
+    found = bootstrap(
+        (hits, counts),
+        lambda drawn, of, axis: 100 * drawn.sum(axis=axis) / np.maximum(of.sum(axis=axis), 1),
+        paired=True,
+        vectorized=True,
+        n_resamples=how.resamples,
+        batch=max(1, _BLOCK // len(hits)),
+        confidence_level=how.confidence,
+        method="percentile",
+        rng=np.random.default_rng(how.seed),
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
 def sign_flip_p(points: Numbers, clusters: Clusters, how: Resampling) -> float:
     """Two-sided p-value that two arms are interchangeable on every cluster, from the difference of their points (C, 2).
 

@@ -37,6 +37,8 @@ def write_folder(
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     parts.tokenizer.model_max_length = limit
+    # a processor would cut at this one, which some checkpoints state beside the limit, and so read more than training
+    parts.tokenizer.init_kwargs.pop("max_length", None)
     backend = getattr(parts.tokenizer, "backend_tokenizer", None)
     if backend is not None:  # it remembers the padding and cut of its last call, and would write them down
         backend.no_padding()

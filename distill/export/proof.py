@@ -123,7 +123,13 @@ class Sample:
 
     def embed(self, route: Route) -> Vectors:
         """The sample's vectors by a route, from image files and sentences."""
-        return _in_batches(lambda rows: route.encode(self._items(route.side, rows)), self.ids[route.side])
+        return _in_batches(lambda rows: route.encode(self.items(route.side, rows)), self.ids[route.side])
+
+    def items(self, side: Side, rows: Ids) -> Sequence[Any]:
+        """Sentences, or pictures opened from their files as the model card says."""
+        if side == "text":
+            return _texts(self.corpus, rows)
+        return [open_picture(content) for content in self.corpus.pictures.encoded(rows)]
 
     def agreement(self, vectors: Mapping[Side, Vectors]) -> Agreement:
         """Of vectors of one side or of both."""
@@ -153,14 +159,9 @@ class Sample:
         rows = self.ids[route.side][: max(_TRIED_BATCHES)]
         found = {}
         for size in _TRIED_BATCHES:
-            again = _in_batches(lambda part: route.encode(self._items(route.side, part)), rows, size=size)
+            again = _in_batches(lambda part: route.encode(self.items(route.side, part)), rows, size=size)
             found[str(size)] = float(_cosines(again, vectors[: len(rows)]).min())
         return found
-
-    def _items(self, side: Side, rows: Ids) -> Sequence[Any]:
-        if side == "text":
-            return _texts(self.corpus, rows)
-        return [open_picture(content) for content in self.corpus.pictures.encoded(rows)]
 
     def _recalls(self, vectors: Mapping[Side, Vectors]) -> dict[str, float]:
         ranks = {}
@@ -266,6 +267,8 @@ def _cosines(found: Vectors, wanted: Vectors) -> np.ndarray[Any, np.dtype[np.flo
 
 
 def _short(text: str) -> str:
+    if not text:
+        return "(empty)"
     return text if len(text) <= 24 else f"{text[:20]}... ({len(text.split())} words)"
 
 

@@ -82,7 +82,18 @@ def write_onnx(program: Any, path: Path, *, side: Side, input_names: Sequence[st
         for place, name in enumerate(_DIMENSIONS[side] if value.name != OUTPUTS[side] else ("batch",)):
             value.type.tensor_type.shape.dim[place].dim_param = name
     del model.graph.value_info[:]  # they hold the tracer's own names of the free dimensions
+    _forget_where(model)
     onnx.save(model, str(path), save_as_external_data=model.ByteSize() > _MOST_IN_ONE_FILE)
+
+
+def _forget_where(model: Any) -> None:
+    """The exporter notes which lines of which files on this machine each node came from."""
+    for nodes in (model.graph.node, *(function.node for function in model.functions)):
+        for node in nodes:
+            node.doc_string = ""
+            del node.metadata_props[:]
+    for described in (model, model.graph, *model.functions, *model.graph.input, *model.graph.output):
+        del described.metadata_props[:]
 
 
 _MOST_IN_ONE_FILE = 2_000_000_000  # protobuf's limit is 2 GiB

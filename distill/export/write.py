@@ -46,15 +46,13 @@ class Origin:
         student: In eval mode, float32, on the CPU.
         corpus: Where the real queries come from.
         ids: Rows of the split that artefacts are judged on, by side.
-        calibration: Rows of training images.
-        embed: Vectors of any rows, by the student.
+        calibration: Rows of training images, in a drawn order.
     """
 
     student: Any
     corpus: Corpus
     ids: Mapping[Side, Ids]
     calibration: Ids
-    embed: Callable[[Side, Ids], Vectors]
 
 
 @dataclass
@@ -191,35 +189,39 @@ def _write_towers(origin: Origin, proof: Proof, wanted: frozenset[str]) -> None:
             towers.write_program(program, folder / "torch_export" / f"{STEMS[side]}.pt2", input_names=names)
         if "openvino" in wanted:
             towers.write_openvino(onnx_file(folder, side, "fp32"), folder / "openvino" / f"{STEMS[side]}.xml")
-    full: dict[Side, Path] = {side: onnx_file(folder, side, "fp32") for side in SIDES}
-    for precision, write in (("fp16", _write_fp16), ("int8", _write_int8)):
-        if precision in wanted:
-            for side in SIDES:
-                write(origin, proof, side, full[side])
-            _keep_pair(proof, precision)  # type: ignore[arg-type]
     for route in [
         *routes.program_routes(folder),
         *routes.openvino_routes(folder),
-        *(routes.onnx_routes(folder, "fp32")),
+        *routes.onnx_routes(folder, "fp32"),
     ]:
         proof.keep(route)
+    for precision, write in _REDUCED.items():
+        if precision in wanted:
+            for side in SIDES:
+                if onnx_file(folder, side, "fp32").is_file():
+                    write(origin, proof, side)
+            _keep_pair(proof, precision)
     if "onnx" not in wanted:
-        for path in full.values():
-            path.unlink(missing_ok=True)
+        for side in SIDES:
+            onnx_file(folder, side, "fp32").unlink(missing_ok=True)
 
 
-def _write_fp16(_: Origin, proof: Proof, side: Side, source: Path) -> None:
-    towers.write_fp16(source, onnx_file(proof.folder, side, "fp16"))
+def _write_fp16(_: Origin, proof: Proof, side: Side) -> None:
+    towers.write_fp16(onnx_file(proof.folder, side, "fp32"), onnx_file(proof.folder, side, "fp16"))
     proof.keep(_route(proof.folder, "fp16", side))
 
 
-def _write_int8(origin: Origin, proof: Proof, side: Side, source: Path) -> None:
+def _write_int8(origin: Origin, proof: Proof, side: Side) -> None:
     """By the ways that suit the tower, until one passes."""
+    source = onnx_file(proof.folder, side, "fp32")
     for way in towers.INT8_WAYS[towers.has_convolutions(source)]:
         calibration = _calibration(origin, proof.folder) if way == "static" else ()
         towers.write_int8(source, onnx_file(proof.folder, side, "int8"), way=way, calibration=calibration)
         if proof.keep(_route(proof.folder, "int8", side), way=way):
             return
+
+
+_REDUCED: Mapping[Precision, Callable[[Origin, Proof, Side], None]] = {"fp16": _write_fp16, "int8": _write_int8}
 
 
 def _route(folder: Path, precision: Precision, side: Side) -> Route:

@@ -1,0 +1,277 @@
+"""``distill export``: from a run to an exported folder that is proven and put in place whole, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import logging
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from distill.durable import size_of, staged_folder
+from distill.export.layout import FORMAT, REPORT, Precision, index_folder, read_report
+from distill.export.proof import GATES, Gate, Sample, opened_plainly
+from distill.export.write import BY_DEFAULT, Artefact, Origin, Proof, write_artefacts
+from distill.protocols import SIDES, Deployable, Side
+
+if TYPE_CHECKING:
+    from distill.experiment import Experiment
+    from distill.protocols import Ids
+
+log = logging.getLogger(__name__)
+PACKAGES = ("cross2dual", "torch", "transformers", "sentence-transformers", "onnx", "onnxruntime", "openvino", "pillow")
+_TIMES_WEIGHTS = {"transformers": 1.0, "onnx": 1.0, "fp16": 0.5, "int8": 0.7, "torch-export": 1.2, "openvino": 1.0}
+_SPARE = 32 << 20  # tokenizer, report, what exporters write on the way
+
+
+class ExportError(ValueError):
+    """An export that cannot begin."""
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What is written and how strictly it is judged.
+
+    Attributes:
+        artefacts: Of ``distill.export.write.ARTEFACTS``.
+        gates: By precision.
+        images: Most images of the split that artefacts are judged on; their captions come with them.
+        index: Split whose vectors are written; ``all`` or ``none``.
+    """
+
+    artefacts: frozenset[str] = BY_DEFAULT
+    gates: Mapping[Precision, Gate] = field(default_factory=lambda: GATES)
+    images: int = 1000
+    index: str = ""
+
+
+def export(x: Experiment, arm: str, to: Path, settings: ExportSettings, *, replace: bool = False) -> dict[str, Any]:
+    """Write, prove and put in place; the report.
+
+    Args:
+        x: The run, whose device is the CPU.
+        arm: Whose student.
+        to: The folder; it must not be there, or be an exported one that may be replaced.
+        settings: What and how strictly.
+        replace: Whether an exported folder may be replaced.
+
+    Raises:
+        ExportError: no such arm, no trained student, a folder in the way, a library that is missing, no room.
+        NothingPassedError: no artefact agrees with the student.
+        NotWrittenError: the device is full; nothing is left, what was there before is whole.
+    """
+    student = _student(x, arm)
+    _check_target(to, replace=replace)
+    check_libraries(settings.artefacts, student)
+    ids = sample_ids(x, settings.images)
+    _check_room(student, to, settings)
+    sample = Sample.of(student, x.corpus, ids)
+    origin = _origin(x, student, ids)
+    with staged_folder(to) as folder:
+        proof = Proof(folder, sample, settings.gates)
+        write_artefacts(origin, proof, settings.artefacts)
+        indexed = _write_index(x, student, folder, settings.index or x.recipe.evaluate.split)
+        report = _report(x, arm, student, proof, indexed=indexed, settings=settings)
+        _write_pages(x, arm, folder, report)
+        report["files"] = _hashes(folder)
+        (folder / REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return report
+
+
+def sample_ids(x: Experiment, most: int) -> dict[Side, Ids]:
+    """The first ``most`` images of the evaluated split in an order drawn from the seed, and all their captions."""
+    split = x.corpus.split(x.recipe.evaluate.split)
+    images = np.sort(np.random.default_rng(x.recipe.seed).permutation(split.images)[:most])
+    pairs = x.corpus.split_pairs(split.name)
+    return {"image": images, "text": np.unique(pairs[np.isin(pairs[:, 0], images), 1])}
+
+
+def check_libraries(artefacts: frozenset[str], student: Any) -> None:
+    """Refuse what would fail after the sample was embedded.
+
+    Raises:
+        ExportError: names the library, the command that installs it, and how to do without.
+    """
+    import importlib.util
+
+    needs = {
+        "sentence-transformers": {"sentence_transformers": "sentence-transformers"},
+        "onnx": {"onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx"},
+        "openvino": {"openvino": "openvino"},
+    }
+    if artefacts & {"fp16", "int8", "openvino", "torch-export"}:
+        artefacts = artefacts | {"onnx"}
+    for name, modules in needs.items():
+        if name not in artefacts or (name == "sentence-transformers" and student.why_not_stock is not None):
+            continue
+        for module, extra in modules.items():
+            if importlib.util.find_spec(module) is None:
+                raise ExportError(
+                    f'{name} needs {module}, which is not installed: pip install "cross2dual[{extra}]", or leave it '
+                    f"out with --without {name}"
+                )
+
+
+def _student(x: Experiment, arm: str) -> Any:
+    folder = x.folder / "arms" / arm / "student"
+    if arm not in x.recipe.arms:
+        raise ExportError(f"no arm {arm!r} in this run; it has {', '.join(x.recipe.arms)}")
+    if not folder.is_dir():
+        raise ExportError(f"{folder} is not there: the arm is not trained yet (distill run RECIPE --resume)")
+    student = x.builders.saved_student(folder)
+    if not isinstance(student, Deployable):
+        raise ExportError(
+            f"{type(student).__name__} cannot be exported: it has no why_not_stock and no standalone(side), which "
+            "gives a tower as a module (see distill.protocols.Deployable)"
+        )
+    return student.eval().float().cpu()  # type: ignore[attr-defined]  # an nn.Module
+
+
+def _check_target(to: Path, *, replace: bool) -> None:
+    if not to.exists():
+        return
+    ours = (to / REPORT).is_file()
+    if to.is_dir() and not any(to.iterdir()):
+        return
+    if not ours:
+        raise ExportError(f"{to} is there already and is no exported student, so it is left alone: give another --to")
+    if not replace:
+        raise ExportError(
+            f"{to} holds an exported student already: give another --to, or --replace, which takes its place once the "
+            "new one is whole; --check looks at the one that is there"
+        )
+
+
+def _check_room(student: Any, to: Path, settings: ExportSettings) -> None:
+    weights = sum(tensor.numel() * 4 for tensor in student.state_dict().values())
+    needed = _SPARE + sum(int(weights * _TIMES_WEIGHTS.get(name, 0)) for name in settings.artefacts)
+    there = next(folder for folder in to.absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise ExportError(
+            f"{to} needs about {size_of(needed)} and {there} has {size_of(free)} free: make room, choose another --to, "
+            "or leave artefacts out with --without"
+        )
+
+
+def _origin(x: Experiment, student: Any, ids: Mapping[Side, Ids]) -> Origin:
+    drawn = np.random.default_rng(x.recipe.seed).permutation(x.corpus.split("train").images)
+    return Origin(student, x.corpus, ids, drawn)
+
+
+def _write_index(x: Experiment, student: Any, folder: Path, which: str) -> dict[str, Any] | None:
+    if which == "none":
+        return None
+    from distill.export.items import write_items
+
+    names = list(x.corpus.splits) if which == "all" else [which]
+    ids: dict[Side, Ids] = {
+        side: np.unique(np.concatenate([x.corpus.split(name).ids[side] for name in names])) for side in SIDES
+    }
+    vectors = {side: x.embed(student, side, ids[side]) for side in SIDES}
+    write_items(folder, x.corpus, ids, vectors)
+    return {"split": which, "images": len(ids["image"]), "texts": len(ids["text"])}
+
+
+def _report(
+    x: Experiment, arm: str, student: Any, proof: Proof, *, indexed: dict[str, Any] | None, settings: ExportSettings
+) -> dict[str, Any]:
+    from distill.export.routes import transformers_routes
+    from distill.export.speed import tower_times
+    from distill.export.towers import OPSET
+
+    sample = proof.sample
+    plainly = {}
+    if (proof.folder / "model.safetensors").is_file():
+        plainly = opened_plainly(transformers_routes(proof.folder)[1], sample)
+    return {
+        "format": FORMAT,
+        "versions": _versions(),
+        "opset": OPSET,
+        "student": {
+            "dim": student.dim,
+            "identity": student.identity,
+            "class": type(getattr(student, "model", student)).__name__,
+            "run": x.recipe.name,
+            "arm": arm,
+            "why_not_stock": student.why_not_stock,
+        },
+        "corpus": {
+            "name": x.corpus.name,
+            "fingerprint": x.corpus.fingerprint,
+            "split": x.recipe.evaluate.split,
+        },
+        "sample": {"images": len(sample.ids["image"]), "texts": len(sample.ids["text"]), "recalls": sample.recalls},
+        "gates": {precision: asdict(gate) for precision, gate in settings.gates.items()},
+        "artefacts": [one.as_dict() | {"bytes": _size(proof.folder, one)} for one in proof.judged],
+        "opened_plainly": plainly,
+        "speed": tower_times(student, proof.folder, sample),
+        "index": indexed,
+    }
+
+
+def _write_pages(x: Experiment, arm: str, folder: Path, report: Mapping[str, Any]) -> None:
+    from distill.facts import run_facts
+    from distill.report.export_page import model_card, to_html
+
+    facts = run_facts(x, arm)
+    (folder / "README.md").write_text(model_card(report, facts), encoding="utf-8")
+    (folder / "report.html").write_text(to_html(report), encoding="utf-8")
+
+
+def _hashes(folder: Path) -> dict[str, dict[str, Any]]:
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            found[path.relative_to(folder).as_posix()] = {"sha256": digest, "bytes": path.stat().st_size}
+    return found
+
+
+def check_export(x: Experiment, arm: str, folder: Path, settings: ExportSettings) -> list[Artefact]:
+    """Prove a folder anew, as it is now, against the run's student; nothing in it is changed.
+
+    Changed files are logged. What a loader refuses outright is a fault too.
+
+    Raises:
+        NotAnExportError: not an exported folder.
+        ExportError: it was made of another student, or one whose files are not readable.
+    """
+    from distill.export.check import judge_folder
+
+    report = read_report(folder)
+    student = _student(x, arm)
+    if report["student"]["identity"] != student.identity:
+        raise ExportError(
+            f"{folder} was made of another student than {x.recipe.name}'s arm {arm}: of run "
+            f"{report['student']['run']}, arm {report['student']['arm']}; name that one"
+        )
+    now = _hashes(folder)
+    for name, known in report["files"].items():
+        if now.get(name) != known:
+            log.warning("%s is %s since it was exported", folder / name, "changed" if name in now else "gone")
+    sample = Sample.of(student, x.corpus, sample_ids(x, settings.images))
+    return judge_folder(Proof(folder, sample, settings.gates), indexed=index_folder(folder, "image").is_dir())
+
+
+def _size(folder: Path, one: Artefact) -> int:
+    """Of what is left of it, in bytes; 0 where it was taken out."""
+    paths = [folder / name for name in one.files]
+    return sum(path.stat().st_size for path in paths if path.is_file())
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
