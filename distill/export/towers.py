@@ -50,6 +50,9 @@ def traced(student: Deployable, side: Side, example: Inputs) -> Any:
             program = torch.export.export(tower, inputs, dynamic_shapes={"inputs": tuple(free for _ in inputs)})
     except Exception as error:  # any of torch's many kinds, all of which say what in the model is to blame
         raise ValueError(f"the {side} tower cannot be traced by torch.export: {error}") from error
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # lines of files on this machine
     return program
 
 

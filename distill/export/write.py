@@ -182,13 +182,7 @@ def write_sentence_transformers(folder: Path) -> None:
 def _write_towers(origin: Origin, proof: Proof, wanted: frozenset[str]) -> None:
     folder, examples = proof.folder, _examples(origin)
     for side in SIDES:
-        names = list(origin.student.standalone(side).input_names)
-        program = towers.traced(origin.student, side, examples[side])
-        towers.write_onnx(program, onnx_file(folder, side, "fp32"), side=side, input_names=names)
-        if "torch-export" in wanted:
-            towers.write_program(program, folder / "torch_export" / f"{STEMS[side]}.pt2", input_names=names)
-        if "openvino" in wanted:
-            towers.write_openvino(onnx_file(folder, side, "fp32"), folder / "openvino" / f"{STEMS[side]}.xml")
+        _write_tower(origin, folder, side, examples[side], wanted=wanted)
     for route in [
         *routes.program_routes(folder),
         *routes.openvino_routes(folder),
@@ -204,6 +198,17 @@ def _write_towers(origin: Origin, proof: Proof, wanted: frozenset[str]) -> None:
     if "onnx" not in wanted:
         for side in SIDES:
             onnx_file(folder, side, "fp32").unlink(missing_ok=True)
+
+
+def _write_tower(origin: Origin, folder: Path, side: Side, example: Any, *, wanted: frozenset[str]) -> None:
+    """In float32, by every runtime that was asked for."""
+    names = list(origin.student.standalone(side).input_names)
+    program = towers.traced(origin.student, side, example)
+    towers.write_onnx(program, onnx_file(folder, side, "fp32"), side=side, input_names=names)
+    if "torch-export" in wanted:
+        towers.write_program(program, folder / "torch_export" / f"{STEMS[side]}.pt2", input_names=names)
+    if "openvino" in wanted:
+        towers.write_openvino(onnx_file(folder, side, "fp32"), folder / "openvino" / f"{STEMS[side]}.xml")
 
 
 def _write_fp16(_: Origin, proof: Proof, side: Side) -> None:
