@@ -135,8 +135,10 @@ class ImagePreparation:
         """Read the file in ``folder``."""
         from transformers import AutoImageProcessor
 
-        # resampling by Pillow, as in training, whether or not torchvision is there
-        self._processor = AutoImageProcessor.from_pretrained(str(folder), backend="pil")
+        # The file itself: given the folder, transformers reads processor_config.json, which no other loader knows.
+        # Resampling is Pillow's, as in training, whether or not torchvision is there.
+        path = Path(folder) / "preprocessor_config.json"
+        self._processor = AutoImageProcessor.from_pretrained(str(path), backend="pil")
 
     def __call__(self, images: Sequence[Image]) -> dict[str, np.ndarray[Any, Any]]:
         """``pixel_values`` (N, 3, height, width) float32."""
