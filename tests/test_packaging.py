@@ -72,7 +72,20 @@ def test_help_names_every_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "distill", "--help"], capture_output=True, text=True, cwd=ROOT, check=True
     )
-    commands = ("run", "teach", "data", "mine", "score", "train", "evaluate", "search", "recipes", "schema", "doctor")
+    commands = (
+        "run",
+        "teach",
+        "data",
+        "mine",
+        "score",
+        "train",
+        "evaluate",
+        "search",
+        "recipes",
+        "schema",
+        "doctor",
+        "serve",
+    )
     for command in commands:
         assert f" {command} " in done.stdout
 
@@ -103,6 +116,7 @@ def test_the_wheel_installs_into_a_fresh_environment(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "distill/recipes/quickstart.yaml" in names
     assert "distill/report/false_negatives.html" in names
+    assert {f"distill/serving/page/{name}" for name in ("index.html", "search.css", "search.js")} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "recipes/", "docs", "benchmarks"))]
     venv.create(tmp_path / "env", with_pip=False, system_site_packages=False)
     python = tmp_path / "env" / "bin" / "python"

@@ -82,7 +82,7 @@ class OnnxStudent:
         Raises:
             ValueError: no text.
         """
-        return self._run("text", self._texts(texts))
+        return self.run("text", self.prepare_texts(texts))
 
     def embed_images(self, images: Sequence[Image]) -> Vectors:
         """Unit vectors (N, D) float32 of upright RGB pictures, as ``distill.data.pictures.decode_image`` gives them.
@@ -90,9 +90,18 @@ class OnnxStudent:
         Raises:
             ValueError: no picture.
         """
-        return self._run("image", self._images(images))
+        return self.run("image", self.prepare_images(images))
 
-    def _run(self, side: Side, inputs: Mapping[str, np.ndarray[Any, Any]]) -> Vectors:
+    def prepare_texts(self, texts: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
+        """What the text tower reads: token ids and masks, (N, L) int64 each."""
+        return self._texts(texts)
+
+    def prepare_images(self, images: Sequence[Image]) -> dict[str, np.ndarray[Any, Any]]:
+        """What the image tower reads: ``pixel_values`` (N, 3, height, width) float32."""
+        return self._images(images)
+
+    def run(self, side: Side, inputs: Mapping[str, np.ndarray[Any, Any]]) -> Vectors:
+        """Unit vectors (N, D) float32 of what ``prepare_texts`` or ``prepare_images`` made."""
         session = self._sessions[side]
         wanted = {one.name: inputs[one.name] for one in session.get_inputs()}
         found: Vectors = session.run([OUTPUTS[side]], wanted)[0]

@@ -1,0 +1,163 @@
+"""What stands before the routes, as plain ASGI: who may ask, how much may be sent, and what is counted."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from distill.serving.metrics import Metrics
+
+PATIENCE_S = 30.0  # for the next piece of a body
+_SAFE = {"GET", "HEAD", "OPTIONS"}
+_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    ),
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+class SafeHeaders:
+    """Every answer says what a browser may do with it: nothing from elsewhere, no framing, no guessing of types."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Add the headers to the answer."""
+
+        async def sent(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(_HEADERS)
+            await send(message)
+
+        await self.app(scope, receive, sent)
+
+
+class Counted:
+    """Tells the metrics of every request."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Time one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started, status = time.perf_counter(), 500
+
+        async def sent(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, sent)
+        finally:
+            route = getattr(scope.get("route"), "path", "none")  # not the path asked for: its values have no end
+            self.metrics.request(route, status, time.perf_counter() - started)
+
+
+class Doorkeeper:
+    """Refuses requests without the token, and posts that another site's page makes a browser send."""
+
+    def __init__(self, app: ASGIApp, *, token: str | None, open_paths: Collection[str]) -> None:
+        self.app, self._open = app, frozenset(open_paths)
+        self._token = None if token is None else token.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through, or answer 401 or 403."""
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            if not self._known(scope["path"], headers):
+                told = "this service needs a token: send the header Authorization: Bearer TOKEN"
+                refusal = JSONResponse({"error": told}, 401, {"WWW-Authenticate": "Bearer"})
+                await refusal(scope, receive, send)
+                return
+            if scope["method"] not in _SAFE and _from_elsewhere(headers):
+                told = "a page of another site sent this; use this service's own page, or no browser"
+                await JSONResponse({"error": told}, 403)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def _known(self, path: str, headers: Headers) -> bool:
+        if self._token is None or path in self._open:
+            return True
+        kind, _, given = headers.get("authorization", "").partition(" ")
+        right = hmac.compare_digest(given.strip().encode("latin-1"), self._token)
+        return kind.lower() == "bearer" and right
+
+
+def _from_elsewhere(headers: Headers) -> bool:
+    if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        return True
+    origin = headers.get("origin")
+    return origin is not None and urlsplit(origin).netloc != headers.get("host")
+
+
+class BodyLimit:
+    """Bounds a request's body, by its stated length before it is read and by its bytes as they come.
+
+    What is left of a body after the answer is taken and dropped by uvicorn: a client that is still sending when the
+    connection closes would not see why.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self.app, self.limit = app, limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 413 at once, or let the request through with its body counted."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        stated = Headers(scope=scope).get("content-length", "0")
+        if stated.isdigit() and int(stated) > self.limit:
+            await JSONResponse({"error": too_large(self.limit)}, 413)(scope, receive, send)
+            return
+        await self.app(scope, _Body(receive, self.limit).receive, send)
+
+
+class _Body:
+    def __init__(self, receive: Receive, limit: int) -> None:
+        self._receive, self._limit = receive, limit
+        self._taken, self._ended = 0, False
+
+    async def receive(self) -> Message:
+        """The next piece.
+
+        Raises:
+            HTTPException: 413, more than the limit has come; 408, nothing comes.
+        """
+        if self._ended:  # what may still come is word that the client has gone
+            return await self._receive()
+        try:
+            message: Message = await asyncio.wait_for(self._receive(), PATIENCE_S)
+        except TimeoutError:
+            raise HTTPException(408, f"nothing more of the request came for {PATIENCE_S:.0f} seconds") from None
+        self._taken += len(message.get("body", b""))
+        self._ended = message["type"] == "http.disconnect" or not message.get("more_body", False)
+        if self._taken > self._limit:
+            raise HTTPException(413, too_large(self._limit))
+        return message
+
+
+def too_large(limit: int) -> str:
+    """Words for a body above the limit."""
+    return f"too much was sent: a request may hold {limit / 2**20:g} MiB; make the picture smaller"
