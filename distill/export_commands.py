@@ -42,6 +42,9 @@ Gates = Annotated[
 Images = Annotated[
     int, typer.Option("--images", min=2, help="most pictures, with their captions, that artefacts are judged on")
 ]
+Seconds = Annotated[
+    float, typer.Option("--seconds", min=0, help="for which each tower and batch size is timed; 0 leaves times out")
+]
 Replace = Annotated[
     bool, typer.Option("--replace", help="take the place of an exported folder, once this one is whole")
 ]
@@ -60,6 +63,7 @@ def export_command(opened: Callable[[Path], Experiment]) -> Callable[..., None]:
         index: Index = "",
         gate: Gates = [],  # noqa: B006
         images: Images = 1000,
+        seconds: Seconds = 1.5,
         replace_it: Replace = False,
         check: Check = False,
     ) -> None:
@@ -71,7 +75,7 @@ def export_command(opened: Callable[[Path], Experiment]) -> Callable[..., None]:
         from distill import exporting
         from distill.report.export_page import show_proof
 
-        settings = _settings(more, less, gate, images=images, index=index)
+        settings = replace(_settings(more, less, gate), images=images, index=index, seconds=seconds)
         x = opened(run)
         x.use_cpu()
         name = arm or list(x.recipe.arms)[-1]
@@ -92,7 +96,7 @@ def export_command(opened: Callable[[Path], Experiment]) -> Callable[..., None]:
     return export
 
 
-def _settings(more: list[str], less: list[str], gates: list[str], *, images: int, index: str) -> ExportSettings:
+def _settings(more: list[str], less: list[str], gates: list[str]) -> ExportSettings:
     from distill.export.write import ARTEFACTS, BY_DEFAULT
     from distill.exporting import ExportSettings
 
@@ -105,7 +109,7 @@ def _settings(more: list[str], less: list[str], gates: list[str], *, images: int
         raise typer.BadParameter("nothing would be left to export", param_hint="--without")
     if "transformers" not in wanted:
         wanted -= {"sentence-transformers"}  # it reads the same weights
-    return ExportSettings(artefacts=frozenset(wanted), gates=_gates(gates), images=images, index=index)
+    return ExportSettings(artefacts=frozenset(wanted), gates=_gates(gates))
 
 
 def _gates(given: list[str]) -> Mapping[Precision, Gate]:

@@ -44,13 +44,15 @@ class ExportSettings:
         artefacts: Of ``distill.export.write.ARTEFACTS``.
         gates: By precision.
         images: Most images of the split that artefacts are judged on; their captions come with them.
-        index: Split whose vectors are written; ``all`` or ``none``.
+        index: Split whose vectors are written; ``all`` or ``none``; the evaluated split where it is empty.
+        seconds: For which each row of the speed table is timed; 0: no such table.
     """
 
     artefacts: frozenset[str] = BY_DEFAULT
     gates: Mapping[Precision, Gate] = field(default_factory=lambda: GATES)
     images: int = 1000
     index: str = ""
+    seconds: float = 1.5
 
 
 def export(x: Experiment, arm: str, to: Path, settings: ExportSettings, *, replace: bool = False) -> dict[str, Any]:
@@ -72,13 +74,16 @@ def export(x: Experiment, arm: str, to: Path, settings: ExportSettings, *, repla
     _check_target(to, replace=replace)
     check_libraries(settings.artefacts, student)
     ids = sample_ids(x, settings.images)
+    which = settings.index or x.recipe.evaluate.split
+    if which not in ("all", "none"):
+        x.corpus.split(which)  # refuses another name now, not after the proof
     _check_room(student, to, settings)
     sample = Sample.of(student, x.corpus, ids)
     origin = _origin(x, student, ids)
     with staged_folder(to) as folder:
         proof = Proof(folder, sample, settings.gates)
         write_artefacts(origin, proof, settings.artefacts)
-        indexed = _write_index(x, student, folder, settings.index or x.recipe.evaluate.split)
+        indexed = _write_index(x, student, folder, which)
         report = _report(x, arm, student, proof, indexed=indexed, settings=settings)
         _write_pages(x, arm, folder, report)
         report["files"] = _hashes(folder)
@@ -213,7 +218,7 @@ def _report(
         "gates": {precision: asdict(gate) for precision, gate in settings.gates.items()},
         "artefacts": [one.as_dict() | {"bytes": _size(proof.folder, one)} for one in proof.judged],
         "opened_plainly": plainly,
-        "speed": tower_times(student, proof.folder, sample),
+        "speed": tower_times(student, proof.folder, sample, seconds=settings.seconds),
         "index": indexed,
     }
 

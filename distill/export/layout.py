@@ -54,6 +54,12 @@ def embeddings_file(folder: str | Path, side: Side) -> Path:
     return Path(folder) / "embeddings" / f"{side}s.parquet"
 
 
+def padding_of(folder: str | Path) -> str:
+    """How a folder's texts are padded: SigLIP reads its vector off the last place, so a text has to fill them all."""
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    return "max_length" if config["model_type"] == "siglip" else "longest"
+
+
 def read_report(folder: str | Path) -> dict[str, Any]:
     """The report of an exported folder.
 

@@ -216,11 +216,6 @@ def faults(found: Agreement, gate: Gate, *, precision: Precision) -> list[str]:
     return said
 
 
-def loss_of(found: Agreement) -> float:
-    """The largest drop of any recall, in points."""
-    return max(0.0, *(-change for change in found.recall_change.values()))
-
-
 def opened_plainly(route: Route, sample: Sample) -> dict[str, float]:
     """Cosine with the reference by kind of odd picture, where a user opens it by ``PIL.Image.open`` and no more.
 

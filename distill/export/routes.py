@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distill.export.layout import INPUT_NAMES, OUTPUTS, STEMS, Precision, onnx_file
+from distill.export.layout import INPUT_NAMES, OUTPUTS, STEMS, Precision, onnx_file, padding_of
 from distill.export.runtime import ImagePreparation, TextPreparation, onnx_module, open_session, own_threads
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def transformers_routes(folder: Path) -> list[Route]:
 
     model: Any = AutoModel.from_pretrained(str(folder)).eval()
     processor: Any = AutoProcessor.from_pretrained(str(folder), backend="pil")
-    padding = "max_length" if model.config.model_type == "siglip" else True
+    padding = padding_of(folder)
 
     def unit(features: Any) -> Vectors:
         found = features if isinstance(features, torch.Tensor) else features.pooler_output

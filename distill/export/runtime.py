@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import threading
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distill.export.layout import OUTPUTS, PRECISIONS, Precision, onnx_file, read_report
+from distill.export.layout import OUTPUTS, PRECISIONS, Precision, onnx_file, padding_of, read_report
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -116,9 +115,7 @@ class TextPreparation:
         from transformers import AutoTokenizer
 
         self._tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        # SigLIP reads its vector off the last place, padding or not, so that a text has to fill all places
-        self._padding = "max_length" if config["model_type"] == "siglip" else "longest"
+        self._padding = padding_of(folder)
         self._lock = threading.Lock()  # a tokenizer bears one caller at a time
 
     def __call__(self, texts: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:

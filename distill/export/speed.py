@@ -17,24 +17,25 @@ if TYPE_CHECKING:
     from distill.protocols import Side
 
 _BATCHES = (1, 32)
-_SECONDS = 1.5  # for each row
 _TORCH = "torch"
 
 
-def tower_times(student: Any, folder: Path, sample: Sample) -> list[dict[str, Any]]:
-    """Milliseconds an item of every tower file, preparation left out, on the sample's own items.
+def tower_times(student: Any, folder: Path, sample: Sample, *, seconds: float) -> list[dict[str, Any]]:
+    """Milliseconds an item of every tower file, preparation left out, on the sample's own items; none in 0 seconds.
 
     A row: side, batch, name, threads, ``ms`` (median), ``p95``, and ``times_torch``: how many times as fast as the
     student in torch, the median over rounds that both took part in, with its 95 % interval where there is one.
     """
     from distill.bench.surroundings import limited_threads
 
-    rows = []
+    rows: list[dict[str, Any]] = []
+    if not seconds:
+        return rows
     with limited_threads(own_threads()):
         for side in SIDES:
             for batch in _BATCHES:
                 tasks = _tasks(student, folder, sample, side=side, batch=batch)
-                timed = time_rounds(tasks, base=_TORCH, seconds=_SECONDS, label=f"timing {side}s by {batch}")
+                timed = time_rounds(tasks, base=_TORCH, seconds=seconds, label=f"timing {side}s by {batch}")
                 for name, one in timed.items():
                     whole, ratio = costs(one)[0], ratio_of(timed[_TORCH], one)
                     rows.append(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distill.export import routes, towers
-from distill.export.layout import STEMS, Precision, onnx_file
+from distill.export.layout import STEMS, Precision, onnx_file, padding_of
 from distill.export.proof import GATES, Agreement, Gate, Sample, faults
 from distill.export.runtime import ImagePreparation
 from distill.inference import batches_of
@@ -173,6 +173,9 @@ def write_sentence_transformers(folder: Path) -> None:
         warnings.simplefilter("ignore")
         model = SentenceTransformer(str(folder), device="cpu")
         model.append(Normalize())
+        if padding_of(folder) == "max_length":
+            transformer: Any = model[0]
+            transformer.processing_kwargs = {"text": {"padding": "max_length"}}
         model.save_pretrained(str(beside), create_model_card=False)
     for name in routes.SENTENCE_TRANSFORMERS_FILES:
         shutil.move(beside / name, folder / name)
@@ -260,4 +263,5 @@ def _examples(origin: Origin) -> dict[Side, Any]:
 def _calibration(origin: Origin, folder: Path) -> list[dict[str, Any]]:
     prepare = ImagePreparation(folder)
     rows = batches_of(origin.calibration[:_CALIBRATION], _CALIBRATED_AT_ONCE)
+    rows = [part for part in rows if len(part) == len(rows[0])]  # the calibrator wants batches of one size
     return [prepare(origin.corpus.load_images(part)) for part in rows]
