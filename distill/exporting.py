@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 import shutil
 from collections.abc import Mapping
@@ -86,6 +87,7 @@ def export(x: Experiment, arm: str, to: Path, settings: ExportSettings, *, repla
         indexed = _write_index(x, student, folder, which)
         report = _report(x, arm, student, proof, indexed=indexed, settings=settings)
         _write_pages(x, arm, folder, report)
+        _open_to_readers(folder)
         report["files"] = _hashes(folder)
         (folder / REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return report
@@ -228,8 +230,17 @@ def _write_pages(x: Experiment, arm: str, folder: Path, report: Mapping[str, Any
     from distill.report.export_page import model_card, to_html
 
     facts = run_facts(x, arm)
-    (folder / "README.md").write_text(model_card(report, facts), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(report, facts, folder), encoding="utf-8")
     (folder / "report.html").write_text(to_html(report), encoding="utf-8")
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Files get the permissions that the user's mask gives: some libraries write for their own user alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
 
 
 def _hashes(folder: Path) -> dict[str, dict[str, Any]]:

@@ -31,7 +31,8 @@ ARTEFACTS = ("transformers", "sentence-transformers", "onnx", "fp16", "int8", "t
 BY_DEFAULT = frozenset(ARTEFACTS[:5])
 _CALIBRATION = 128  # training pictures that int8 ranges are read off
 _CALIBRATED_AT_ONCE = 16
-_LOCAL_KEYS = ("is_local", "local_files_only")  # how the tokenizer was loaded here, which transformers writes down
+# Where something was loaded from, and how; and the classes of another task that a tower was trained for once.
+_LOCAL_KEYS = frozenset({"_name_or_path", "is_local", "local_files_only", "id2label", "label2id"})
 
 
 class NothingPassedError(ValueError):
@@ -146,9 +147,10 @@ def _write_repository(student: Any, proof: Proof, wanted: frozenset[str]) -> Non
     student.save_pretrained(folder)
     for own in ("student.json", "student_heads.safetensors"):  # of ours; nobody else reads them
         (folder / own).unlink(missing_ok=True)
-    path = folder / "tokenizer_config.json"
-    kept = {key: value for key, value in json.loads(path.read_text("utf-8")).items() if key not in _LOCAL_KEYS}
-    path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    for name in ("config.json", "tokenizer_config.json"):
+        path = folder / name
+        kept = _without_local(json.loads(path.read_text("utf-8")))
+        path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     stock = student.why_not_stock is None
     passed = False
     if stock and "transformers" in wanted:
@@ -159,6 +161,13 @@ def _write_repository(student: Any, proof: Proof, wanted: frozenset[str]) -> Non
             proof.keep(route)
     if not passed:
         (folder / "model.safetensors").unlink(missing_ok=True)
+
+
+def _without_local(value: Any) -> Any:
+    """JSON without ``_LOCAL_KEYS``, which transformers writes and no embedding depends on."""
+    if isinstance(value, dict):
+        return {key: _without_local(one) for key, one in value.items() if key not in _LOCAL_KEYS}
+    return value
 
 
 def write_sentence_transformers(folder: Path) -> None:
@@ -177,6 +186,9 @@ def write_sentence_transformers(folder: Path) -> None:
             transformer: Any = model[0]
             transformer.processing_kwargs = {"text": {"padding": "max_length"}}
         model.save_pretrained(str(beside), create_model_card=False)
+    listed = json.loads((beside / "modules.json").read_text("utf-8"))
+    listed[1]["type"] = "sentence_transformers.models.Normalize"  # which versions from 5.4 on know, not 6.0 on alone
+    (beside / "modules.json").write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
     for name in routes.SENTENCE_TRANSFORMERS_FILES:
         shutil.move(beside / name, folder / name)
     shutil.rmtree(beside)

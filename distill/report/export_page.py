@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.durable import size_of
+from distill.export.layout import padding_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -87,14 +89,24 @@ def to_html(report: Mapping[str, Any]) -> str:
     return page
 
 
-def model_card(report: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+def model_card(report: Mapping[str, Any], facts: Mapping[str, Any], folder: Path) -> str:
     """``README.md`` of the exported folder, with the metadata that a model hub reads."""
     from distill.data import upright
 
     source = inspect.getsource(upright.upright_rgb)
     values = _values(report) | {"facts": facts, "metadata": _metadata(report, facts), "upright_source": source}
+    values["by_hand"] = _is_plain(folder)
     card: str = _environment(escaped=False).get_template("card.md.j2").render(**values)
     return card
+
+
+def _is_plain(folder: Path) -> bool:
+    """Whether a few lines prepare as the folder's files say: one resize to a fixed size, texts padded as they come."""
+    told = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+    steps = all(told.get(name) for name in ("do_resize", "do_rescale", "do_normalize"))
+    tokens = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    fixed = set(told.get("size", ())) == {"height", "width"} and not told.get("do_center_crop")
+    return bool(steps and fixed and tokens.get("pad_token")) and padding_of(folder) == "longest"
 
 
 def _metadata(report: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
