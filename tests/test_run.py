@@ -67,6 +67,9 @@ def test_the_summary_holds_every_figure_in_percent(whole: Path) -> None:
         assert all(0 <= part <= 100 for part in parts)
         assert figures["rsum"] == pytest.approx(sum(parts))
         assert figures["t2i_r1"] <= figures["t2i_r5"] <= figures["t2i_r10"]
+    noted = json.loads((whole / "runs" / "quickstart" / "teacher.json").read_text())
+    assert noted["score_kind"] == "log_odds"
+    assert (whole / "cache" / "scores" / noted["identity"]).is_dir()
 
 
 def test_arms_differ_and_each_logs_its_own_parts(whole: Path) -> None:
