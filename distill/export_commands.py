@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -87,7 +88,8 @@ def export_command(opened: Callable[[Path], Experiment]) -> Callable[..., None]:
             report = exporting.export(x, name, folder, settings, replace=replace_it)
             found = report["artefacts"]
             failed = [one for one in found if not one["passed"] and one["precision"] == "fp32"]
-        show_proof(found, title=f"{folder}: each artefact against the float32 student, shares in percent")
+        title = f"{folder}: each artefact against the float32 student, shares in percent"
+        show_proof(found, title=title, failed="fails" if check else "left out")
         if not check:
             typer.echo(f"exported: {folder}, report: {folder / 'report.html'}, model card: {folder / 'README.md'}")
         if failed:
@@ -105,10 +107,10 @@ def _settings(more: list[str], less: list[str], gates: list[str]) -> ExportSetti
             if name not in ARTEFACTS:
                 raise typer.BadParameter(f"{name!r} is none of {', '.join(ARTEFACTS)}", param_hint=option)
     wanted = (BY_DEFAULT | set(more)) - set(less)
-    if not wanted:
-        raise typer.BadParameter("nothing would be left to export", param_hint="--without")
     if "transformers" not in wanted:
         wanted -= {"sentence-transformers"}  # it reads the same weights
+    if not wanted:
+        raise typer.BadParameter("nothing would be left to export", param_hint="--without")
     return ExportSettings(artefacts=frozenset(wanted), gates=_gates(gates))
 
 
@@ -124,6 +126,8 @@ def _gates(given: list[str]) -> Mapping[Precision, Gate]:
             if precision not in found or what not in names:
                 raise ValueError
             number = float(value)
+            if math.isnan(number):  # compares with nothing, so that all would pass
+                raise ValueError
         except ValueError:
             allowed = ", ".join(f"{name}.{what}" for name, gate in found.items() for what in asdict(gate))
             raise typer.BadParameter(

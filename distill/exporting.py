@@ -7,9 +7,9 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,24 +17,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distill.durable import size_of, staged_folder
-from distill.export.layout import FORMAT, REPORT, Precision, index_folder, read_report
+from distill.durable import staged_folder, sweep_temporaries
+from distill.export.before import ExportError, check_index, check_libraries, check_room, check_target
+from distill.export.layout import FORMAT, REPORT, Precision, padding_of, read_report
 from distill.export.proof import GATES, Gate, Sample, opened_plainly
 from distill.export.write import BY_DEFAULT, Artefact, Origin, Proof, write_artefacts
 from distill.protocols import SIDES, Deployable, Side
 
 if TYPE_CHECKING:
     from distill.experiment import Experiment
+    from distill.export.items import Known
     from distill.protocols import Ids
 
 log = logging.getLogger(__name__)
 PACKAGES = ("cross2dual", "torch", "transformers", "sentence-transformers", "onnx", "onnxruntime", "openvino", "pillow")
-_TIMES_WEIGHTS = {"transformers": 1.0, "onnx": 1.0, "fp16": 0.5, "int8": 0.7, "torch-export": 1.2, "openvino": 1.0}
-_SPARE = 32 << 20  # tokenizer, report, what exporters write on the way
-
-
-class ExportError(ValueError):
-    """An export that cannot begin."""
 
 
 @dataclass(frozen=True)
@@ -71,25 +67,28 @@ def export(x: Experiment, arm: str, to: Path, settings: ExportSettings, *, repla
         NothingPassedError: no artefact agrees with the student.
         NotWrittenError: the device is full; nothing is left, what was there before is whole.
     """
+    to = to.resolve()  # of a link what it points to, which can be replaced
     student = _student(x, arm)
-    _check_target(to, replace=replace)
+    check_target(to, replace=replace)
     check_libraries(settings.artefacts, student)
+    check_index(settings.index, list(x.corpus.splits))
+    if to.parent.is_dir():
+        sweep_temporaries(to.parent)  # of exports that were killed
     ids = sample_ids(x, settings.images)
-    which = settings.index or x.recipe.evaluate.split
-    if which not in ("all", "none"):
-        x.corpus.split(which)  # refuses another name now, not after the proof
-    _check_room(student, to, settings)
+    check_room(student, to, settings.artefacts)
     sample = Sample.of(student, x.corpus, ids)
     origin = _origin(x, student, ids)
     with staged_folder(to) as folder:
         proof = Proof(folder, sample, settings.gates)
         write_artefacts(origin, proof, settings.artefacts)
-        indexed = _write_index(x, student, folder, which)
+        indexed = _write_index(x, student, folder, settings.index or x.recipe.evaluate.split)
         report = _report(x, arm, student, proof, indexed=indexed, settings=settings)
         _write_pages(x, arm, folder, report)
         _open_to_readers(folder)
         report["files"] = _hashes(folder)
-        (folder / REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        told = json.dumps(_without_nan(report), indent=1, ensure_ascii=False, allow_nan=False)
+        (folder / REPORT).write_text(told + "\n", encoding="utf-8")
+        check_target(to, replace=replace)  # somebody may have come there meanwhile
     return report
 
 
@@ -99,32 +98,6 @@ def sample_ids(x: Experiment, most: int) -> dict[Side, Ids]:
     images = np.sort(np.random.default_rng(x.recipe.seed).permutation(split.images)[:most])
     pairs = x.corpus.split_pairs(split.name)
     return {"image": images, "text": np.unique(pairs[np.isin(pairs[:, 0], images), 1])}
-
-
-def check_libraries(artefacts: frozenset[str], student: Any) -> None:
-    """Refuse what would fail after the sample was embedded.
-
-    Raises:
-        ExportError: names the library, the command that installs it, and how to do without.
-    """
-    import importlib.util
-
-    needs = {
-        "sentence-transformers": {"sentence_transformers": "sentence-transformers"},
-        "onnx": {"onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx"},
-        "openvino": {"openvino": "openvino"},
-    }
-    if artefacts & {"fp16", "int8", "openvino", "torch-export"}:
-        artefacts = artefacts | {"onnx"}
-    for name, modules in needs.items():
-        if name not in artefacts or (name == "sentence-transformers" and student.why_not_stock is not None):
-            continue
-        for module, extra in modules.items():
-            if importlib.util.find_spec(module) is None:
-                raise ExportError(
-                    f'{name} needs {module}, which is not installed: pip install "cross2dual[{extra}]", or leave it '
-                    f"out with --without {name}"
-                )
 
 
 def _student(x: Experiment, arm: str) -> Any:
@@ -142,31 +115,13 @@ def _student(x: Experiment, arm: str) -> Any:
     return student.eval().float().cpu()  # type: ignore[attr-defined]  # an nn.Module
 
 
-def _check_target(to: Path, *, replace: bool) -> None:
-    if not to.exists():
-        return
-    ours = (to / REPORT).is_file()
-    if to.is_dir() and not any(to.iterdir()):
-        return
-    if not ours:
-        raise ExportError(f"{to} is there already and is no exported student, so it is left alone: give another --to")
-    if not replace:
-        raise ExportError(
-            f"{to} holds an exported student already: give another --to, or --replace, which takes its place once the "
-            "new one is whole; --check looks at the one that is there"
-        )
-
-
-def _check_room(student: Any, to: Path, settings: ExportSettings) -> None:
-    weights = sum(tensor.numel() * 4 for tensor in student.state_dict().values())
-    needed = _SPARE + sum(int(weights * _TIMES_WEIGHTS.get(name, 0)) for name in settings.artefacts)
-    there = next(folder for folder in to.absolute().parents if folder.is_dir())
-    free = shutil.disk_usage(there).free
-    if free < needed:
-        raise ExportError(
-            f"{to} needs about {size_of(needed)} and {there} has {size_of(free)} free: make room, choose another --to, "
-            "or leave artefacts out with --without"
-        )
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: null in its place."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _without_nan(one) for key, one in value.items()}
+    return [_without_nan(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _origin(x: Experiment, student: Any, ids: Mapping[Side, Ids]) -> Origin:
@@ -179,13 +134,15 @@ def _write_index(x: Experiment, student: Any, folder: Path, which: str) -> dict[
         return None
     from distill.export.items import write_items
 
-    names = list(x.corpus.splits) if which == "all" else [which]
-    ids: dict[Side, Ids] = {
-        side: np.unique(np.concatenate([x.corpus.split(name).ids[side] for name in names])) for side in SIDES
-    }
+    ids = _indexed_ids(x, which)
     vectors = {side: x.embed(student, side, ids[side]) for side in SIDES}
     write_items(folder, x.corpus, ids, vectors)
     return {"split": which, "images": len(ids["image"]), "texts": len(ids["text"])}
+
+
+def _indexed_ids(x: Experiment, which: str) -> dict[Side, Ids]:
+    names = list(x.corpus.splits) if which == "all" else [which]
+    return {side: np.unique(np.concatenate([x.corpus.split(name).ids[side] for name in names])) for side in SIDES}
 
 
 def _report(
@@ -210,6 +167,7 @@ def _report(
             "run": x.recipe.name,
             "arm": arm,
             "why_not_stock": student.why_not_stock,
+            "padding": padding_of(proof.folder),
         },
         "corpus": {
             "name": x.corpus.name,
@@ -256,7 +214,7 @@ def _hashes(folder: Path) -> dict[str, dict[str, Any]]:
 def check_export(x: Experiment, arm: str, folder: Path, settings: ExportSettings) -> list[Artefact]:
     """Prove a folder anew, as it is now, against the run's student; nothing in it is changed.
 
-    Changed files are logged. What a loader refuses outright is a fault too.
+    Changed files are logged; files that are gone, and what a loader refuses outright, are faults too.
 
     Raises:
         NotAnExportError: not an exported folder.
@@ -265,6 +223,8 @@ def check_export(x: Experiment, arm: str, folder: Path, settings: ExportSettings
     from distill.export.check import judge_folder
 
     report = read_report(folder)
+    if missing := [name for name in ("files", "index") if name not in report]:
+        raise ExportError(f"{folder / REPORT} has no {', '.join(missing)}: export again")
     student = _student(x, arm)
     if report["student"]["identity"] != student.identity:
         raise ExportError(
@@ -272,11 +232,24 @@ def check_export(x: Experiment, arm: str, folder: Path, settings: ExportSettings
             f"{report['student']['run']}, arm {report['student']['arm']}; name that one"
         )
     now = _hashes(folder)
+    gone = [name for name in report["files"] if name not in now]
     for name, known in report["files"].items():
-        if now.get(name) != known:
-            log.warning("%s is %s since it was exported", folder / name, "changed" if name in now else "gone")
+        if name in now and now[name] != known:
+            log.warning("%s is changed since it was exported", folder / name)
     sample = Sample.of(student, x.corpus, sample_ids(x, settings.images))
-    return judge_folder(Proof(folder, sample, settings.gates), indexed=index_folder(folder, "image").is_dir())
+    items = _known_items(x, student, report["index"], most=settings.images)
+    return judge_folder(Proof(folder, sample, settings.gates), gone=gone, items=items)
+
+
+def _known_items(x: Experiment, student: Any, index: Mapping[str, Any] | None, *, most: int) -> dict[Side, Known]:
+    """What an index of that split has to hold, with the student's own vectors of some."""
+    from distill.export.items import Known
+
+    found = {}
+    for side, ids in (_indexed_ids(x, index["split"]) if index else {}).items():
+        some = np.sort(np.random.default_rng(x.recipe.seed).permutation(ids)[:most])
+        found[side] = Known(ids, some, x.embed(student, side, some))
+    return found
 
 
 def _size(folder: Path, one: Artefact) -> int:

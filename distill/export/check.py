@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import replace
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from distill.export import routes
 from distill.export.layout import PRECISIONS, onnx_file
@@ -17,16 +15,27 @@ from distill.export.write import Artefact
 from distill.protocols import SIDES
 
 if TYPE_CHECKING:
+    from distill.export.items import Known
     from distill.export.write import Proof
+    from distill.protocols import Side
 
 log = logging.getLogger(__name__)
 Opening = Callable[[], list[routes.Route]]
-_NOTHING = Agreement(float("nan"), float("nan"), float("nan"), 0.0, 0.0, {}, float("nan"))
+_NAN = math.nan
+_NOTHING = Agreement(_NAN, _NAN, _NAN, _NAN, _NAN, {}, _NAN)
 
 
-def judge_folder(proof: Proof, *, indexed: bool) -> list[Artefact]:
-    """Measure every artefact of the proof's folder; what cannot be loaded at all is judged too, with the reason."""
+def judge_folder(proof: Proof, *, gone: Sequence[str] = (), items: Mapping[Side, Known]) -> list[Artefact]:
+    """Measure every artefact of the proof's folder; what cannot be loaded at all is judged too, with the reason.
+
+    Args:
+        proof: Of the folder as it is.
+        gone: Files that were exported and are there no more.
+        items: By side what the indexes have to hold; empty where none was exported.
+    """
     folder = proof.folder
+    if gone:
+        proof.judged.append(Artefact("files", None, "fp32", _NOTHING, [f"gone: {', '.join(gone)}"]))
     openings: dict[str, Opening] = {}
     if (folder / "model.safetensors").is_file():
         openings["transformers"] = partial(routes.transformers_routes, folder)
@@ -44,22 +53,21 @@ def judge_folder(proof: Proof, *, indexed: bool) -> list[Artefact]:
         except Exception as error:  # whatever a loader raises, its users would meet
             log.info("%s: cannot be used: %s", name, error)
             proof.judged.append(Artefact(name, None, "fp32", _NOTHING, [f"cannot be used: {error}"]))
-    if indexed:
-        proof.judged += _index(proof)
+    for precision in PRECISIONS[1:]:
+        proof.judge_pair(f"onnx {precision}", precision)
+    proof.judged += _index(proof, items)
     return proof.judged
 
 
-def _index(proof: Proof) -> list[Artefact]:
+def _index(proof: Proof, items: Mapping[Side, Known]) -> list[Artefact]:
     from distill.export.items import item_faults
 
     found = []
-    for side in SIDES:
-        known = dict(zip(proof.sample.ids[side].tolist(), proof.sample.reference[side], strict=True))
+    for side, known in items.items():
         try:
-            said = item_faults(proof.folder, side, known)
+            said = item_faults(proof.folder, side, known, corpus=proof.sample.corpus)
         except Exception as error:  # as above
             said = [f"cannot be used: {error}"]
         log.info("index, %ss: %s", side, "; ".join(said) or "passes")
-        whole = proof.sample.agreement({side: np.stack(list(known.values()))})
-        found.append(Artefact("index", side, "fp32", whole if not said else replace(_NOTHING), said))
+        found.append(Artefact("index", side, "fp32", _NOTHING, said))
     return found

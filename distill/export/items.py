@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,41 +43,63 @@ def write_items(folder: Path, corpus: Corpus, ids: Mapping[Side, Ids], vectors: 
         path = embeddings_file(folder, side)
         array = vectors[side]
         write_atomically(path.with_suffix(".npy"), lambda file, array=array: np.save(file, array, allow_pickle=False))  # type: ignore[misc]
-        columns = _image_columns(corpus, ids[side]) if side == "image" else _text_columns(corpus, ids[side])
-        rows = pa.FixedSizeListArray.from_arrays(pa.array(array.ravel()), array.shape[1])
-        table = pa.table(columns | {"embedding": rows})
+        table = pa.table(_columns(corpus, side, ids[side], array))
         write_atomically(path, lambda file, table=table: pq.write_table(table, file))  # type: ignore[misc]
 
 
-def item_faults(folder: Path, side: Side, reference: Mapping[int, Vectors]) -> list[str]:
-    """What is wrong with the exported vectors of one side, in words.
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What an exported index of one side has to hold.
 
-    Args:
-        folder: The exported folder.
-        side: Which.
-        reference: Vectors (D,) by id that those in the index are compared with; ids that it lacks are passed over.
+    Attributes:
+        ids: (N,) all of them, ascending.
+        some: (K,) of them.
+        vectors: (K, D) the student's vectors of ``some``.
     """
+
+    ids: Ids
+    some: Ids
+    vectors: Vectors
+
+
+def item_faults(folder: Path, side: Side, known: Known, *, corpus: Corpus) -> list[str]:
+    """What is wrong with the exported vectors and tables of one side, in words; empty where nothing is."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     from distill.faiss_setup import faiss_module
 
-    where = index_folder(folder, side)
-    index = faiss_module().read_index(str(where / "index.faiss"))
+    faiss, where = faiss_module(), index_folder(folder, side)
+    index = faiss.read_index(str(where / "index.faiss"))
     ids = np.load(where / "ids.npy", allow_pickle=False)
     kept = np.load(embeddings_file(folder, side).with_suffix(".npy"), allow_pickle=False)
+    if not np.array_equal(ids, known.ids):
+        return [f"index/{side}/ids.npy has other ids than were exported"]
     if not index.ntotal == len(ids) == len(kept):
         return [f"the index of {side}s holds {index.ntotal} vectors for {len(ids)} ids and {len(kept)} embeddings"]
     said = []
+    if index.metric_type != faiss.METRIC_INNER_PRODUCT:
+        said.append(f"the index of {side}s does not search by inner product")
     inside = index.reconstruct_n(0, index.ntotal)
     if not np.array_equal(inside, kept):
         said.append(f"the index of {side}s and embeddings/{side}s.npy hold other vectors")
-    rows = np.flatnonzero(np.isin(ids, np.fromiter(reference, np.int64)))
-    wanted = np.stack([reference[int(ids[row])] for row in rows]) if len(rows) else inside[:0]
-    least = float((inside[rows] * wanted).sum(axis=1).min(initial=1.0))
+    found = inside[np.searchsorted(ids, known.some)]
+    least = float((found * known.vectors).sum(axis=1).min(initial=1.0))
     if not least >= _SAME:
         said.append(f"a vector in the index of {side}s has cosine {least:.6f} with the student's, wanted {_SAME:g}")
+    if not pq.read_table(embeddings_file(folder, side)).equals(pa.table(_columns(corpus, side, ids, kept))):
+        said.append(f"embeddings/{side}s.parquet has other rows than the corpus and embeddings/{side}s.npy")
     return said
 
 
 _SAME = 0.9999
+
+
+def _columns(corpus: Corpus, side: Side, ids: Ids, vectors: Vectors) -> dict[str, Any]:
+    import pyarrow as pa
+
+    columns = _image_columns(corpus, ids) if side == "image" else _text_columns(corpus, ids)
+    return columns | {"embedding": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])}
 
 
 def _image_columns(corpus: Corpus, rows: Ids) -> dict[str, Any]:

@@ -57,7 +57,8 @@ def embeddings_file(folder: str | Path, side: Side) -> Path:
 def padding_of(folder: str | Path) -> str:
     """How a folder's texts are padded: SigLIP reads its vector off the last place, so a text has to fill them all."""
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    return "max_length" if config["model_type"] == "siglip" else "longest"
+    towers = (config, config.get("text_config") or {})
+    return "max_length" if any(one.get("model_type", "").startswith("siglip") for one in towers) else "longest"
 
 
 def read_report(folder: str | Path) -> dict[str, Any]:
@@ -65,14 +66,20 @@ def read_report(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         NotAnExportError: there is none.
-        ValueError: of a newer version.
+        ValueError: of another version, or damaged.
     """
     path = Path(folder) / REPORT
     if not path.is_file():
         raise NotAnExportError(
             f"{folder} holds no {REPORT}, so it is no exported student: distill export RUN --to DIR makes one"
         )
-    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if report.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {report.get('format')!r}; this version reads {FORMAT}: export again")
+    try:
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        told = report.get("format")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no report of distill export ({error}): export again") from error
+    if told != FORMAT:
+        raise ValueError(f"{path} has format {told!r}; this version reads {FORMAT}: export again")
+    if "student" not in report:
+        raise ValueError(f"{path} does not say which student it is of: export again")
     return report

@@ -106,7 +106,7 @@ def sentence_transformers_routes(folder: Path) -> list[Route]:
     except ImportError as error:
         raise ImportError(
             "sentence-transformers is not installed, so its way through the folder cannot be proven: pip install "
-            '"cross2dual[sentence-transformers]", or leave it out with --without sentence-transformers'
+            '"sentence-transformers>=6.2", or leave it out with --without sentence-transformers'
         ) from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its own loading

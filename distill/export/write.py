@@ -108,6 +108,15 @@ class Proof:
             remove(self.folder, one.files)
         return not one.faults
 
+    def keep_together(self, made: Sequence[Route]) -> bool:
+        """Measure routes that are made of the same files: all stay, or all go."""
+        judged = [self.judge(route) for route in made]
+        failed = [one.label for one in judged if one.faults]
+        for one in judged if failed else ():
+            one.faults = one.faults or [f"passes, but is made of the same files as {', '.join(failed)}"]
+            remove(self.folder, one.files)
+        return not failed
+
     def judge_pair(self, name: str, precision: Precision) -> Artefact | None:
         """Both towers of a reduced precision together, where both are there."""
         if any((name, side) not in self.vectors for side in SIDES):
@@ -154,11 +163,10 @@ def _write_repository(student: Any, proof: Proof, wanted: frozenset[str]) -> Non
     stock = student.why_not_stock is None
     passed = False
     if stock and "transformers" in wanted:
-        passed = all([proof.keep(route) for route in routes.transformers_routes(folder)])
+        passed = proof.keep_together(routes.transformers_routes(folder))
     if passed and "sentence-transformers" in wanted:
         write_sentence_transformers(folder)
-        for route in routes.sentence_transformers_routes(folder):
-            proof.keep(route)
+        proof.keep_together(routes.sentence_transformers_routes(folder))
     if not passed:
         (folder / "model.safetensors").unlink(missing_ok=True)
 
@@ -180,11 +188,10 @@ def write_sentence_transformers(folder: Path) -> None:
     beside = folder / "of-sentence-transformers"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = SentenceTransformer(str(folder), device="cpu")
+        model: Any = SentenceTransformer(str(folder), device="cpu")
         model.append(Normalize())
-        if padding_of(folder) == "max_length":
-            transformer: Any = model[0]
-            transformer.processing_kwargs = {"text": {"padding": "max_length"}}
+        if padding_of(folder) == "max_length":  # it pads to the longest text unless told so
+            model[0].processing_kwargs = {"text": {"padding": "max_length"}}
         model.save_pretrained(str(beside), create_model_card=False)
     listed = json.loads((beside / "modules.json").read_text("utf-8"))
     listed[1]["type"] = "sentence_transformers.models.Normalize"  # which versions from 5.4 on know, not 6.0 on alone
@@ -210,9 +217,10 @@ def _write_towers(origin: Origin, proof: Proof, wanted: frozenset[str]) -> None:
                 if onnx_file(folder, side, "fp32").is_file():
                     write(origin, proof, side)
             _keep_pair(proof, precision)
-    if "onnx" not in wanted:
-        for side in SIDES:
-            onnx_file(folder, side, "fp32").unlink(missing_ok=True)
+    if "onnx" not in wanted:  # what the others were made of: neither here nor in the report
+        for one in [one for one in proof.judged if one.name == "onnx fp32"]:
+            remove(folder, one.files)
+            proof.judged.remove(one)
 
 
 def _write_tower(origin: Origin, folder: Path, side: Side, example: Any, *, wanted: frozenset[str]) -> None:

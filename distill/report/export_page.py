@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.durable import size_of
-from distill.export.layout import padding_of
+from distill.export.layout import PRECISIONS, onnx_file, padding_of
+from distill.protocols import SIDES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,9 +33,9 @@ HEADS = (
 SPEED_HEADS = ("side", "batch", "tower", "ms an item", "95 %", "times torch", "interval")
 
 
-def proof_rows(artefacts: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def proof_rows(artefacts: Sequence[Mapping[str, Any]], *, failed: str = "left out") -> list[list[str]]:
     """A row an artefact under ``HEADS``: shares in percent, changes of recall in points."""
-    return [_proof_row(one) for one in artefacts]
+    return [[*_proof_row(one), "passes" if one["passed"] else failed] for one in artefacts]
 
 
 def _proof_row(one: Mapping[str, Any]) -> list[str]:
@@ -43,14 +45,17 @@ def _proof_row(one: Mapping[str, Any]) -> list[str]:
         f"{one['name']}{way}",
         one["side"],
         size_of(one["bytes"]) if one.get("bytes") else "–",
-        f"{one['least_cosine']:.6f}",
-        f"{one['largest_difference']:.1e}",
-        f"{100 * one['top1']:.2f}",
-        f"{100 * one['top10']:.2f}",
-        f"{min(0.0, *changes):.2f}",
-        f"{max(0.0, *changes):.2f}",
-        "passes" if one["passed"] else "left out",
+        _told(one["least_cosine"], ".6f"),
+        _told(one["largest_difference"], ".1e"),
+        _told(100 * one["top1"], ".2f"),
+        _told(100 * one["top10"], ".2f"),
+        _told(min(changes[0], 0.0, *changes), ".2f"),
+        _told(max(changes[0], 0.0, *changes), ".2f"),
     ]
+
+
+def _told(value: float, form: str) -> str:
+    return "–" if math.isnan(value) else format(value, form)
 
 
 def speed_rows(speed: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -69,13 +74,15 @@ def speed_rows(speed: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     ]
 
 
-def show_proof(artefacts: Sequence[Mapping[str, Any]], *, title: str, console: Console | None = None) -> None:
-    """Print the proof, and below it why each artefact that failed did."""
+def show_proof(
+    artefacts: Sequence[Mapping[str, Any]], *, title: str, failed: str = "left out", console: Console | None = None
+) -> None:
+    """Print the proof, and below it why each artefact that failed did; ``failed`` is the word for those."""
     from rich.console import Console
 
     from distill.report.table import show_table
 
-    rows = [[f"{row[0]}, {row[1]}", *row[3:]] for row in proof_rows(artefacts)]
+    rows = [[f"{row[0]}, {row[1]}", *row[3:]] for row in proof_rows(artefacts, failed=failed)]
     show_table(["artefact", *HEADS[3:]], rows, title=title, console=console)
     console = console or Console(soft_wrap=True)
     for one in artefacts:
@@ -124,11 +131,18 @@ def _metadata(report: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         )
         for name, found in (figures["recalls"] if figures else {}).items()
     ]
-    stock = report["student"]["why_not_stock"] is None
+    names = _usable(report["artefacts"])
+    libraries = [one for one in ("sentence-transformers", "transformers") if one in names]
+    towers = ["onnx"] if any(name.startswith("onnx ") for name in names) else []
     card = ModelCardData(
-        library_name="sentence-transformers" if stock else "onnx",
+        library_name=[*libraries, *towers, None][0],
         pipeline_tag="feature-extraction",
-        tags=["image-text-retrieval", "dual-encoder", "knowledge-distillation", "onnx"],
+        tags=[
+            "image-text-retrieval",
+            "dual-encoder",
+            *(["knowledge-distillation"] if facts["distils"] else []),
+            *towers,
+        ],
         model_name=f"{facts['name']}-{facts['arm']}" if results else None,
         eval_results=results or None,
     )
@@ -136,7 +150,7 @@ def _metadata(report: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
 
 
 def _values(report: Mapping[str, Any]) -> dict[str, Any]:
-    there = [one for one in report["artefacts"] if one["passed"]]
+    names = _usable(report["artefacts"])
     index = report["index"]
     return {
         "report": report,
@@ -147,11 +161,32 @@ def _values(report: Mapping[str, Any]) -> dict[str, Any]:
         "speed_rows": speed_rows(report["speed"]),
         "odd": _odd(report["artefacts"]),
         "plainly": {kind: value for kind, value in report["opened_plainly"].items() if not value >= 0.9999},
-        "names": {one["name"] for one in there},
-        "precisions": sorted({f"{one['name'].split()[1]}" for one in there if one["name"].startswith("onnx ")}),
+        "names": names,
+        "others": _reduced_files(report["artefacts"]),
+        "padding": '"max_length"' if report["student"].get("padding") == "max_length" else "True",
+        "batchwise": any(one["passed"] and one["way"] == "dynamic" for one in report["artefacts"]),
         "index": index,
         "style": (_HERE / "compare.css").read_text(encoding="utf-8"),
     }
+
+
+def _usable(artefacts: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Names of what can be used for pictures and texts: each side passes by one way or another."""
+    sides: dict[str, set[str]] = {}
+    for one in artefacts:
+        if one["passed"]:
+            sides.setdefault(one["name"], set()).add(one["side"])
+    return {name for name, found in sides.items() if found >= set(SIDES)}
+
+
+def _reduced_files(artefacts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """ONNX files of other precisions than float32 that passed; one side may be alone."""
+    return [
+        onnx_file("", side, precision).as_posix()
+        for precision in PRECISIONS[1:]
+        for side in SIDES
+        if any(one["passed"] and one["name"] == f"onnx {precision}" and one["side"] == side for one in artefacts)
+    ]
 
 
 def _odd(artefacts: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str], list[list[str]]]]:

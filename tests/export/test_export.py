@@ -45,7 +45,8 @@ def run(request: pytest.FixtureRequest) -> Experiment:
 def folder(run: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything there is, of a CLIP and of a VisionTextDualEncoder."""
     to = tmp_path_factory.mktemp("exported") / "student"
-    export(run, "plain", to, ExportSettings(ALL, LENIENT, images=24, seconds=0.01))
+    seconds = 0.01 if run.recipe.name == "clip" else 0.0  # towers of a real size take their time
+    export(run, "plain", to, ExportSettings(ALL, LENIENT, images=24, seconds=seconds))
     return to
 
 
@@ -109,7 +110,8 @@ def test_everything_is_there_and_said(run, folder):
     assert len(fp32) == 10
     assert all(one["passed"] and one["least_cosine"] > 0.99999 and one["top1"] == 1 for one in fp32)
     assert report["student"]["identity"] == student_of(run).identity
-    assert {row["name"] for row in report["speed"]} == {"torch", "onnx fp32", "onnx fp16", "onnx int8"}
+    timed = {"torch", "onnx fp32", "onnx fp16", "onnx int8"} if run.recipe.name == "clip" else set()
+    assert {row["name"] for row in report["speed"]} == timed
     config = json.loads((folder / "config.json").read_text())
     assert "auto_map" not in config
 
