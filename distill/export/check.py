@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from distill.export import routes
 from distill.export.layout import PRECISIONS, onnx_file
-from distill.export.proof import Agreement
+from distill.export.proof import NOTHING
 from distill.export.write import Artefact
 from distill.protocols import SIDES
 
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Opening = Callable[[], list[routes.Route]]
-_NAN = math.nan
-_NOTHING = Agreement(_NAN, _NAN, _NAN, _NAN, _NAN, {}, _NAN)
 
 
 def judge_folder(proof: Proof, *, gone: Sequence[str] = (), items: Mapping[Side, Known]) -> list[Artefact]:
@@ -35,7 +32,7 @@ def judge_folder(proof: Proof, *, gone: Sequence[str] = (), items: Mapping[Side,
     """
     folder = proof.folder
     if gone:
-        proof.judged.append(Artefact("files", None, "fp32", _NOTHING, [f"gone: {', '.join(gone)}"]))
+        proof.judged.append(Artefact("files", None, "fp32", NOTHING, [f"gone: {', '.join(gone)}"]))
     openings: dict[str, Opening] = {}
     if (folder / "model.safetensors").is_file():
         openings["transformers"] = partial(routes.transformers_routes, folder)
@@ -52,7 +49,7 @@ def judge_folder(proof: Proof, *, gone: Sequence[str] = (), items: Mapping[Side,
                 proof.judge(route)
         except Exception as error:  # whatever a loader raises, its users would meet
             log.info("%s: cannot be used: %s", name, error)
-            proof.judged.append(Artefact(name, None, "fp32", _NOTHING, [f"cannot be used: {error}"]))
+            proof.judged.append(Artefact(name, None, "fp32", NOTHING, [f"cannot be used: {error}"]))
     for precision in PRECISIONS[1:]:
         proof.judge_pair(f"onnx {precision}", precision)
     proof.judged += _index(proof, items)
@@ -69,5 +66,5 @@ def _index(proof: Proof, items: Mapping[Side, Known]) -> list[Artefact]:
         except Exception as error:  # as above
             said = [f"cannot be used: {error}"]
         log.info("index, %ss: %s", side, "; ".join(said) or "passes")
-        found.append(Artefact("index", side, "fp32", _NOTHING, said))
+        found.append(Artefact("index", side, "fp32", NOTHING, said))
     return found

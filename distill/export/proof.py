@@ -7,6 +7,7 @@ as another weight.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -84,6 +85,11 @@ class Agreement:
     def as_dict(self) -> dict[str, Any]:
         """For the report."""
         return asdict(self)
+
+
+_NAN = math.nan
+NOTHING = Agreement(_NAN, _NAN, _NAN, _NAN, _NAN, {}, _NAN)
+"""Of what has no vectors to compare."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -194,7 +194,8 @@ def _there(folder: Path, precision: Precision) -> dict[Side, Precision]:
     found: dict[Side, Precision] = {
         side: precision if onnx_file(folder, side, precision).is_file() else "fp32" for side in sides
     }
-    if precision not in found.values():
+    if precision not in found.values() or not all(onnx_file(folder, *one).is_file() for one in found.items()):
         have = [one for one in PRECISIONS if any(onnx_file(folder, side, one).is_file() for side in sides)]
-        raise ValueError(f"{folder} has no {precision} tower; it has {', '.join(have) or 'none at all'}")
+        what = "tower" if precision != "fp32" and precision not in found.values() else "pair of towers"
+        raise ValueError(f"{folder} has no {precision} {what}; it has {', '.join(have) or 'none at all'}")
     return found

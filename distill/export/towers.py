@@ -86,7 +86,8 @@ def write_onnx(program: Any, path: Path, *, side: Side, input_names: Sequence[st
             value.type.tensor_type.shape.dim[place].dim_param = name
     del model.graph.value_info[:]  # they hold the tracer's own names of the free dimensions
     _forget_where(model)
-    onnx.save(model, str(path), save_as_external_data=model.ByteSize() > _MOST_IN_ONE_FILE)
+    beside = model.ByteSize() > _MOST_IN_ONE_FILE
+    onnx.save(model, str(path), save_as_external_data=beside, location=f"{path.name}_data" if beside else None)
 
 
 def _forget_where(model: Any) -> None:

@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from distill.export import routes, towers
 from distill.export.layout import STEMS, Precision, onnx_file, padding_of
-from distill.export.proof import GATES, Agreement, Gate, Sample, faults
+from distill.export.proof import GATES, NOTHING, Agreement, Gate, Sample, faults
 from distill.export.runtime import ImagePreparation
 from distill.inference import batches_of
 from distill.protocols import SIDES
@@ -235,8 +236,9 @@ def _write_tower(origin: Origin, folder: Path, side: Side, example: Any, *, want
 
 
 def _write_fp16(_: Origin, proof: Proof, side: Side) -> None:
-    towers.write_fp16(onnx_file(proof.folder, side, "fp32"), onnx_file(proof.folder, side, "fp16"))
-    proof.keep(_route(proof.folder, "fp16", side))
+    target = onnx_file(proof.folder, side, "fp16")
+    if _made(proof, side, target, lambda: towers.write_fp16(onnx_file(proof.folder, side, "fp32"), target)):
+        proof.keep(_route(proof.folder, "fp16", side))
 
 
 def _write_int8(origin: Origin, proof: Proof, side: Side) -> None:
@@ -244,9 +246,26 @@ def _write_int8(origin: Origin, proof: Proof, side: Side) -> None:
     source = onnx_file(proof.folder, side, "fp32")
     for way in towers.INT8_WAYS[towers.has_convolutions(source)]:
         calibration = _calibration(origin, proof.folder) if way == "static" else ()
-        towers.write_int8(source, onnx_file(proof.folder, side, "int8"), way=way, calibration=calibration)
-        if proof.keep(_route(proof.folder, "int8", side), way=way):
+        target = onnx_file(proof.folder, side, "int8")
+        write = partial(towers.write_int8, source, target, way=way, calibration=calibration)
+        if _made(proof, side, target, write, way=way) and proof.keep(_route(proof.folder, "int8", side), way=way):
             return
+
+
+def _made(proof: Proof, side: Side, target: Path, write: Callable[[], None], *, way: str | None = None) -> bool:
+    """Whether a reduced tower could be written; its library's refusal is a fault of this artefact alone."""
+    try:
+        write()
+    except OSError:
+        raise
+    except Exception as error:  # of many kinds: an operator that is not known, a file that is too large
+        target.unlink(missing_ok=True)
+        precision: Precision = "fp16" if way is None else "int8"
+        said = [f"cannot be made: {type(error).__name__}: {error}"]
+        proof.judged.append(Artefact(f"onnx {precision}", side, precision, NOTHING, said, way=way))
+        log.info("%s: %s", proof.judged[-1].label, said[0])
+        return False
+    return True
 
 
 _REDUCED: Mapping[Precision, Callable[[Origin, Proof, Side], None]] = {"fp16": _write_fp16, "int8": _write_int8}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pyarrow.parquet as pq
 import pytest
 from onnx import numpy_helper
 
@@ -100,6 +101,18 @@ def change_index(folder: Path) -> None:
     faiss.write_index(other, str(path))
 
 
+def shift_ids(folder: Path) -> None:
+    path = folder / "index" / "image" / "ids.npy"
+    np.save(path, np.load(path) + 1)
+
+
+def reverse_captions(folder: Path) -> None:
+    path = folder / "embeddings" / "texts.parquet"
+    table = pq.read_table(path)
+    place = table.column_names.index("text")
+    pq.write_table(table.set_column(place, "text", [table["text"].to_pylist()[::-1]]), path)
+
+
 def change_tokens(told: dict) -> None:
     vocabulary = told["model"]["vocab"]
     words = [word for word in vocabulary if word.isalpha() and len(word) > 1]
@@ -147,6 +160,11 @@ TEXTS = {("onnx fp32", "text"), ("transformers", "text"), ("sentence-transformer
             lambda folder: (folder / "modules.json").write_text("["),
             {("sentence-transformers", None)},
             id="json",
+        ),
+        pytest.param("clip", shift_ids, {("index", "image")}, id="ids"),
+        pytest.param("clip", reverse_captions, {("index", "text")}, id="captions"),
+        pytest.param(
+            "clip", lambda folder: shutil.rmtree(folder / "onnx"), {("files", None)}, id="files that are gone"
         ),
         pytest.param("flickr", change_weight, {("onnx fp32", "text")}, id="weight, real towers"),
         pytest.param(
@@ -309,6 +327,7 @@ def test_a_disk_that_fills_up_leaves_nothing_and_says_so(scenes, tmp_path):
     ("arguments", "message"),
     [
         (["--gate", "int8.speed=1"], "'int8.speed=1' is no gate; give one of fp32.cosine, fp32.recall"),
+        (["--gate", "fp32.cosine=nan"], "'fp32.cosine=nan' is no gate"),
         (["--with", "coreml"], "'coreml' is none of transformers, sentence-transformers, onnx"),
         (["--index", "nowhere"], "there is no split 'nowhere' to index; --index takes train, val, test"),
     ],
