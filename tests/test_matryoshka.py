@@ -360,6 +360,7 @@ def test_a_recipe_without_it_reads_as_before_and_one_with_it_means_something_els
     assert len(set(own)) == 3
 
 
+@pytest.mark.slow
 def test_a_run_by_the_command_trains_every_arm_at_every_width_and_is_not_gone_on_with_at_others(tmp_path: Path) -> None:
     nested = [*TINY, "train.trackers=[]", "train.matryoshka=[8, 24]"]
     done = distill("run", "quickstart", folder=tmp_path, settings=nested)

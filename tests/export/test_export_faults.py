@@ -34,7 +34,6 @@ QUICK = ExportSettings(frozenset({"transformers", "onnx"}), seconds=0)
 # --- spoiled artefacts ------------------------------------------------------------------------------------------------
 
 
-KINDS = ("clip", "flickr")
 _MADE: dict[str, Path] = {}
 
 
@@ -65,7 +64,7 @@ def failed(x: Experiment, folder: Path) -> set[tuple[str, str | None]]:
     return {(one.name, one.side) for one in found if one.faults}
 
 
-@pytest.mark.parametrize("run", KINDS, indirect=True)
+@pytest.mark.parametrize("run", ["clip", pytest.param("flickr", marks=pytest.mark.slow)], indirect=True)
 def test_a_sound_folder_passes(run, copy):
     assert failed(run, copy) == set()
 
@@ -166,12 +165,15 @@ TEXTS = {("onnx fp32", "text"), ("transformers", "text"), ("sentence-transformer
         pytest.param(
             "clip", lambda folder: shutil.rmtree(folder / "onnx"), {("files", None)}, id="files that are gone"
         ),
-        pytest.param("flickr", change_weight, {("onnx fp32", "text")}, id="weight, real towers"),
+        pytest.param(
+            "flickr", change_weight, {("onnx fp32", "text")}, id="weight, real towers", marks=pytest.mark.slow
+        ),
         pytest.param(
             "flickr",
             change_json("preprocessor_config.json", lambda told: told.update(resample=0)),
             ONNX_IMAGE,
             id="filter, real towers",
+            marks=pytest.mark.slow,
         ),
     ],
     indirect=["run"],
