@@ -47,7 +47,7 @@ def bench_command(open_run: Callable[[Path], Experiment]) -> Callable[..., None]
         """Time a query, with and without the teacher; try approximate indexes; plot quality against time."""
         from distill.bench.found import Options
         from distill.bench.measure import bench as measured
-        from distill.export.runtime import own_threads
+        from distill.cores import own_threads
         from distill.preflight import check_data
         from distill.report.bench_tables import show
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import random
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
-from distill.durable import staged_folder, sweep_temporaries
+from distill.durable import sha256_of, staged_folder, sweep_temporaries
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,7 +66,7 @@ def save_checkpoint(
     final = checkpoint_of(folder, step)
     with staged_folder(final) as staged:
         _write(staged, model, optimizer, others or {})
-        hashes = {path.name: _hash(path) for path in sorted(staged.iterdir())}
+        hashes = {path.name: sha256_of(path) for path in sorted(staged.iterdir())}
         (staged / _MARKER).write_text(json.dumps({"step": step, "meaning": meaning, "sha256": hashes}, indent=1))
     _prune(folder, keep, step)
     return final
@@ -179,14 +178,9 @@ def _restore_host_rng(state: dict[str, Any]) -> None:
 def _is_complete(checkpoint: Path) -> bool:
     try:
         marker = json.loads((checkpoint / _MARKER).read_text())
-        return all(_hash(checkpoint / name) == expected for name, expected in marker["sha256"].items())
+        return all(sha256_of(checkpoint / name) == expected for name, expected in marker["sha256"].items())
     except (OSError, ValueError, KeyError):
         return False
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _prune(folder: Path, keep: int, step: int) -> None:

@@ -297,9 +297,9 @@ def _recipe_of(run: Path) -> Path:
 def _open_run(run: Path) -> Experiment:
     """The experiment of a run's folder, wherever that lies now; refused beside other data than it was begun with."""
     from distill.preflight import check_data
+    from distill.recipe.load import here
 
-    here = [f"runs={run.resolve().parent}", f"name={run.resolve().name}", "train.trackers=[]"]
-    x = _open(str(_recipe_of(run)), here)
+    x = _open(str(_recipe_of(run)), here(run))
     check_data(x)
     return x
 

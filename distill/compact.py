@@ -119,9 +119,7 @@ def compact(x: Experiment, arm: str = "", *, widths: Sequence[int] = (), split: 
     """
     from distill.results import student_vectors
 
-    arm = arm or list(x.recipe.arms)[-1]
-    if arm not in x.recipe.arms:
-        raise ValueError(f"no arm {arm!r} in this run; it has {', '.join(x.recipe.arms)}")
+    arm = x.arm_named(arm)
     folder = x.folder / "arms" / arm / "student"
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not there: finish the run first (distill run RECIPE --resume)")

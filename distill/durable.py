@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -276,6 +277,12 @@ def _free(path: Path) -> str:
         return ""
     none = ", and no file more fits" if there.f_files and not there.f_favail else ""
     return f" ({size_of(there.f_bavail * there.f_frsize)} free{none})"
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def size_of(number: float) -> str:

@@ -121,6 +121,13 @@ class Experiment:
             )
         return made
 
+    def arm_named(self, name: str) -> str:
+        """An arm of the recipe, the last where ``name`` is empty; raises ExperimentError where there is none such."""
+        arms = list(self.recipe.arms)
+        if name and name not in arms:
+            raise ExperimentError(f"no arm {name!r} in this run; it has {', '.join(arms)}")
+        return name or arms[-1]
+
     def use_cpu(self) -> None:
         """From here on, whatever the recipe says; before any model was made."""
         self.recipe = self.recipe.model_copy(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import logging
-import math
 import os
 import platform
 from collections.abc import Mapping
@@ -17,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distill.durable import staged_folder, sweep_temporaries
+from distill.analysis import without_nan
+from distill.durable import sha256_of, staged_folder, sweep_temporaries
 from distill.export.before import ExportError, check_index, check_libraries, check_room, check_target
 from distill.export.layout import FORMAT, REPORT, Precision, padding_of, read_report
 from distill.export.proof import GATES, Gate, Sample, opened_plainly
@@ -86,7 +85,7 @@ def export(x: Experiment, arm: str, to: Path, settings: ExportSettings, *, repla
         _write_pages(x, arm, folder, report)
         _open_to_readers(folder)
         report["files"] = _hashes(folder)
-        told = json.dumps(_without_nan(report), indent=1, ensure_ascii=False, allow_nan=False)
+        told = json.dumps(without_nan(report), indent=1, ensure_ascii=False, allow_nan=False)
         (folder / REPORT).write_text(told + "\n", encoding="utf-8")
         check_target(to, replace=replace)  # somebody may have come there meanwhile
     return report
@@ -113,15 +112,6 @@ def _student(x: Experiment, arm: str) -> Any:
             "gives a tower as a module (see distill.protocols.Deployable)"
         )
     return student.eval().float().cpu()  # type: ignore[attr-defined]  # an nn.Module
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: null in its place."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _without_nan(one) for key, one in value.items()}
-    return [_without_nan(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _origin(x: Experiment, student: Any, ids: Mapping[Side, Ids]) -> Origin:
@@ -205,9 +195,7 @@ def _hashes(folder: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            found[path.relative_to(folder).as_posix()] = {"sha256": digest, "bytes": path.stat().st_size}
+            found[path.relative_to(folder).as_posix()] = {"sha256": sha256_of(path), "bytes": path.stat().st_size}
     return found
 
 

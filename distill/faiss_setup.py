@@ -7,6 +7,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any, Literal
 
+from distill.cores import cores
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -24,11 +26,7 @@ class MissingFaissError(ImportError):
 def bounded_threads(faiss: Any) -> Iterator[int]:
     """FAISS takes every core in each process; keep to this process's share of them, and never above what was set."""
     before = int(faiss.omp_get_max_threads())
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not every system can tell which cores a process may use
-        cores = os.cpu_count() or 1
-    share = max(1, cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    share = max(1, cores() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     faiss.omp_set_num_threads(min(before, share))
     try:
         yield min(before, share)

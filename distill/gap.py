@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +64,7 @@ def gap_report(
     points = [_point("student", None, ranks, timing.student())]
     for k in sorted({min(depth, max(most.values())) for depth in depths}):
         reranked = {
-            d: reranked_ranks(_first(lists[d], k), scores=scores[d][:, :k], first_ranks=ranks[d]) for d in DIRECTIONS
+            d: reranked_ranks(lists[d].first(k), scores=scores[d][:, :k], first_ranks=ranks[d]) for d in DIRECTIONS
         }
         points.append(_point(f"teacher over K = {k}", k, reranked, timing.teacher_over(k)))
     theirs = {d: teacher.queries(d)[1][chosen[d]] for d in DIRECTIONS}
@@ -78,15 +77,6 @@ def _drawn(count: int, most: int, seed: int) -> Ids:
 
 def _point(label: str, k: int | None, ranks: Mapping[Direction, Ids], ms: Mapping[Direction, float]) -> GapPoint:
     return GapPoint(label, k, summarise(ranks["i2t"], ranks["t2i"]).as_dict(), ms)
-
-
-def _first(listed: Candidates, k: int) -> Candidates:
-    return replace(
-        listed,
-        item_ids=listed.item_ids[:, :k],
-        similarity=listed.similarity[:, :k],
-        positive=listed.positive[:, :k],
-    )
 
 
 class _Sides:

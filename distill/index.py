@@ -6,7 +6,6 @@ items tie, and ties go to the lower id.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distill import exact
-from distill.durable import staged_folder
+from distill.durable import sha256_of, staged_folder
 from distill.faiss_setup import bounded_threads, factory_advice, faiss_module, set_nprobe, wants_gpu
 
 if TYPE_CHECKING:
@@ -182,7 +181,7 @@ class VectorIndex:
             faiss.write_index(on_cpu, str(staging / "index.faiss"))
             for name, array in arrays.items():
                 np.save(staging / name, array, allow_pickle=False)
-            files = {name: _checksum(staging / name) for name in ("index.faiss", *arrays)}
+            files = {name: sha256_of(staging / name) for name in ("index.faiss", *arrays)}
             manifest = {"format": 1, "factory": self.factory, "items": len(self), "dim": self.dim, "files": files}
             (staging / _MANIFEST).write_text(json.dumps(manifest, indent=2), "utf-8")
 
@@ -271,14 +270,9 @@ def _checked_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("format") != 1:
         raise ValueError(f"{path}: format is {manifest.get('format')!r}, expected 1; build the index again")
     for name, checksum in manifest["files"].items():
-        if not (folder / name).is_file() or _checksum(folder / name) != checksum:
+        if not (folder / name).is_file() or sha256_of(folder / name) != checksum:
             raise ValueError(f"{folder / name} is missing or is not what was saved; build the index again")
     return manifest
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _lengths(vectors: Vectors) -> Vectors:

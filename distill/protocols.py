@@ -225,6 +225,15 @@ class Candidates:
         if self.query_ids.shape != shape[:1]:
             raise ValueError(f"query_ids must be ({shape[0]},), got {self.query_ids.shape}")
 
+    def first(self, k: int) -> Candidates:
+        """The first ``k`` of each query."""
+        return replace(
+            self,
+            item_ids=self.item_ids[:, :k],
+            similarity=self.similarity[:, :k],
+            positive=self.positive[:, :k],
+        )
+
     def pairs(self) -> tuple[Ids, Ids]:
         """(image ids, text ids) of every candidate that is there, in row order."""
         there = self.item_ids >= 0

@@ -99,8 +99,9 @@ def serve_student(
 
 def _opened(open_experiment: Callable[[str, list[str]], Experiment], name: str, overrides: list[str]) -> Experiment:
     """The experiment of a recipe, or of a run's folder, whose recipe is in it."""
+    from distill.recipe.load import here
+
     run = Path(name)
     if not (run / "recipe.yaml").is_file():
         return open_experiment(name, ["train.trackers=[]", *overrides])
-    here = [f"runs={run.resolve().parent}", f"name={run.resolve().name}", "train.trackers=[]"]
-    return open_experiment(str(run / "recipe.yaml"), [*here, *overrides])
+    return open_experiment(str(run / "recipe.yaml"), [*here(run), *overrides])

@@ -78,10 +78,7 @@ def search(x: Experiment, query: str, *, arm: str, top: int, out: Path | None) -
         ValueError: no such arm, an empty query, or a picture that cannot be read.
         FileNotFoundError: the arm has no student or index yet, or the query looks like a file that is not there.
     """
-    name = arm or list(x.recipe.arms)[-1]
-    folder = x.folder / "arms" / name
-    if name not in x.recipe.arms:
-        raise ValueError(f"no arm {name!r} in this run; it has {', '.join(x.recipe.arms)}")
+    folder = x.folder / "arms" / x.arm_named(arm)
     if not (folder / "index" / "image").is_dir():
         raise FileNotFoundError(f"{folder} has no index yet: finish the run first (distill run RECIPE --resume)")
     student = x.saved_student(folder / "student")

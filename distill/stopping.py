@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import FrameType
 
 log = logging.getLogger(__name__)
@@ -65,18 +65,27 @@ _ear = _Ear()
 
 
 @contextmanager
+def heard_by(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """``handler`` gets the signals in here; those that are ignored stay so."""
+    # what was started in the background by a script ignores SIGINT, and goes on doing so
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heard}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+@contextmanager
 def listening() -> Iterator[None]:
     """Signals raise ``Stopped`` in here. For the main thread of a command."""
     global _ear
     _ear = _Ear()
-    # what was started in the background by a script ignores SIGINT, and goes on doing so
-    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, _ear.hear) for number in heard}
     try:
-        yield
+        with heard_by(_ear.hear):
+            yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         _ear = _Ear()
 
 

@@ -33,17 +33,11 @@ from distill.report.bench_plot import plot
 from distill.report.bench_tables import show, tables
 from distill.results import finish
 from tests.exported import export_student
-from tests.test_false_negatives_run import ARMS, TeacherOfScenes
+from tests.test_false_negatives_run import OF_SCENES, TeacherOfScenes
 
 TINY = [
     "data={source: scenes, train: 60, val: 8, test: 20, size: 48, captions_per_image: 2}",
-    "teach=null",
-    "teacher={kind: custom, target: 'tests.test_false_negatives_run:TeacherOfScenes'}",
-    ARMS,
-    "student.vision.layers=1",
-    "student.text.layers=1",
-    "student.vision.width=16",
-    "student.text.width=16",
+    *OF_SCENES,
     "train.steps=4",
     "train.batch_size=16",
     "mine.k=8",

@@ -32,8 +32,7 @@ from tests.toys import ToyTeacher
 
 LABELLED = {"train": 80, "val": 12, "test": 12, "matches": "labelled", "vague": 1.0}
 ARMS = "arms={plain: {losses: [{name: contrastive}]}, distilled: {losses: [{name: contrastive}, {name: margin_mse}]}}"
-TINY = [
-    *(f"data.{name}={value}" for name, value in LABELLED.items()),
+OF_SCENES = [
     "teach=null",
     "teacher={kind: custom, target: 'tests.test_false_negatives_run:TeacherOfScenes'}",
     ARMS,
@@ -41,6 +40,10 @@ TINY = [
     "student.text.layers=1",
     "student.vision.width=16",
     "student.text.width=16",
+]
+TINY = [
+    *(f"data.{name}={value}" for name, value in LABELLED.items()),
+    *OF_SCENES,
     "train.steps=10",
     "train.shared=0.4",
     "train.batch_size=16",

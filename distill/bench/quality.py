@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -71,7 +71,7 @@ class Ranker:
 
         def over(k: int) -> dict[Direction, Ids]:
             return {
-                d: reranked_ranks(first(lists[d], k), scores=scores[d][:, :k], first_ranks=ranks[d]) for d in DIRECTIONS
+                d: reranked_ranks(lists[d].first(k), scores=scores[d][:, :k], first_ranks=ranks[d]) for d in DIRECTIONS
             }
 
         found = [_point(f"re-ranked {k}", "re-ranked", k, over(k)) for k in depths]
@@ -110,16 +110,6 @@ def query_vectors(queries: Queries, way: Way) -> Vectors:
     numbers = range(-(-len(queries.ids) // _AT_ONCE))
     parts = [way.tower(way.prepare(queries.items(number, _AT_ONCE))) for number in numbers]
     return np.concatenate(parts)[: len(queries.ids)]
-
-
-def first(listed: Candidates, k: int) -> Candidates:
-    """The first ``k`` candidates of each query."""
-    return replace(
-        listed,
-        item_ids=listed.item_ids[:, :k],
-        similarity=listed.similarity[:, :k],
-        positive=listed.positive[:, :k],
-    )
 
 
 def evaluated_teacher(x: Experiment, queries: Mapping[Side, Queries]) -> list[Point]:

@@ -9,18 +9,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distill.cores import cores
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _BUSY = 0.5  # of the cores at work before anything here is
-
-
-def cores() -> int:
-    """That this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not every system can tell
-        return os.cpu_count() or 1
 
 
 @contextmanager

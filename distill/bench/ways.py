@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from distill.export.layout import PRECISIONS, STEMS, onnx_file, read_report
-from distill.export.runtime import ImagePreparation, TextPreparation, open_session
+from distill.export.runtime import ImagePreparation, TextPreparation, onnx_tower, openvino_tower
 from distill.protocols import SIDES, Side
 
 if TYPE_CHECKING:
@@ -76,36 +73,12 @@ def exported_ways(folder: Path, *, identity: str, threads: int) -> list[Way]:
         for precision in PRECISIONS:
             path = onnx_file(folder, side, precision)
             if path.is_file():
-                session = open_session(path, threads=threads, providers=("CPUExecutionProvider",))
-                found.append(Way(f"ONNX {precision}", side, prepare[side], partial(_onnx, session)))
+                found.append(Way(f"ONNX {precision}", side, prepare[side], onnx_tower(path, threads=threads)))
         path = folder / "openvino" / f"{STEMS[side]}.xml"
         if path.is_file():
-            chosen, tower = _openvino(path, threads)
+            tower, chosen = openvino_tower(path, threads=threads)
             found.append(Way(f"OpenVINO {chosen}", side, prepare[side], tower))
     return found
-
-
-def _onnx(session: Any, inputs: dict[str, Any]) -> Vectors:
-    wanted = {one.name: inputs[one.name] for one in session.get_inputs()}
-    vectors: Vectors = session.run(None, wanted)[0]
-    return vectors
-
-
-def _openvino(path: Path, threads: int) -> tuple[str, Callable[[Any], Vectors]]:
-    """The tower as OpenVINO runs it where nothing else is asked for, and in what precision: bf16 where it can."""
-    try:
-        import openvino
-    except ImportError as error:
-        raise ImportError(
-            f'{path} needs OpenVINO, which is not installed: pip install "cross2dual[openvino]"'
-        ) from error
-    compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_NUM_THREADS": threads})
-    names = [port.any_name for port in compiled.inputs]
-
-    def run(inputs: dict[str, Any]) -> Vectors:
-        return np.array(compiled({name: inputs[name] for name in names})[0])
-
-    return str(compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()), run
 
 
 def _host(vectors: torch.Tensor) -> Vectors:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from functools import cache
 from io import BytesIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 ODD_TEXTS = ("", "a", "A DOG", "naïve café, 犬 🐕", "one two three four five six seven eight nine ten " * 40)
 """From two tokens to more than any tower reads."""
 
 
-def odd_pictures() -> dict[str, bytes]:
-    """Image files by what is odd about them; the same bytes at every call."""
+@cache
+def odd_pictures() -> Mapping[str, bytes]:
+    """Image files by what is odd about them; made once."""
     import PIL.Image
 
     rng = np.random.default_rng(0)

@@ -19,7 +19,7 @@ from distill.export.odd import ODD_TEXTS, odd_pictures
 from distill.export.routes import open_picture
 from distill.inference import batches_of, evaluating
 from distill.metrics import ranks_from_embeddings, summarise
-from distill.protocols import DIRECTIONS, sides_of
+from distill.protocols import DIRECTIONS, SIDES, sides_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -127,6 +127,11 @@ class Sample:
         """The reference's own, in percent."""
         return self._recalls(self.reference)
 
+    @cached_property
+    def nearest(self) -> Mapping[Side, Ids]:
+        """The reference's ten best items of the other side, (N, 10) ids, of every item of a side."""
+        return {side: self._nearest(self.reference, side) for side in SIDES}
+
     def embed(self, route: Route) -> Vectors:
         """The sample's vectors by a route, from image files and sentences."""
         return _in_batches(lambda rows: route.encode(self.items(route.side, rows)), self.ids[route.side])
@@ -188,13 +193,15 @@ class Sample:
         """Shares of the same best item and of the same ten best, over the queries of the sides that ask."""
         firsts, tens = [], []
         for side in asking:
-            other: Side = "text" if side == "image" else "image"
-            k = min(10, len(self.ids[other]))
-            before = exact.search(self.reference[side], self.reference[other], k, ids=self.ids[other])[1]
-            now = exact.search(vectors[side], vectors[other], k, ids=self.ids[other])[1]
+            before, now = self.nearest[side], self._nearest(vectors, side)
             firsts.append(before[:, 0] == now[:, 0])
             tens.append((before[:, :, None] == now[:, None, :]).any(axis=2).mean(axis=1))
         return float(np.concatenate(firsts).mean()), float(np.concatenate(tens).mean())
+
+    def _nearest(self, vectors: Mapping[Side, Vectors], side: Side) -> Ids:
+        other: Side = "text" if side == "image" else "image"
+        k = min(10, len(self.ids[other]))
+        return exact.search(vectors[side], vectors[other], k, ids=self.ids[other])[1]
 
 
 def faults(found: Agreement, gate: Gate, *, precision: Precision) -> list[str]:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distill.export.layout import INPUT_NAMES, OUTPUTS, STEMS, Precision, onnx_file, padding_of
-from distill.export.runtime import ImagePreparation, TextPreparation, onnx_module, open_session, own_threads
+from distill.cores import own_threads
+from distill.export.layout import INPUT_NAMES, STEMS, Precision, onnx_file, padding_of
+from distill.export.runtime import ImagePreparation, TextPreparation, onnx_tower, openvino_tower
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -124,11 +125,8 @@ def onnx_routes(folder: Path, precision: Precision) -> list[Route]:
     for side in ("text", "image"):
         path = onnx_file(folder, side, precision)
         if path.is_file():
-            session = open_session(path, providers=("CPUExecutionProvider",))
-            names = [one.name for one in session.get_inputs()]
-            run = _session_call(session, names, OUTPUTS[side])
             made = (str(path.relative_to(folder)), *_external(path, folder))
-            found.append(Route(f"onnx {precision}", side, _prepared(folder, side, run), made, precision))
+            found.append(Route(f"onnx {precision}", side, _prepared(folder, side, onnx_tower(path)), made, precision))
     return found
 
 
@@ -156,20 +154,11 @@ def program_routes(folder: Path) -> list[Route]:
 
 def openvino_routes(folder: Path) -> list[Route]:
     """The OpenVINO models that are there, held to float32 arithmetic."""
-    paths = {side: folder / "openvino" / f"{STEMS[side]}.xml" for side in STEMS}
-    if not any(path.is_file() for path in paths.values()):
-        return []
-    core = onnx_module("openvino").Core()
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": own_threads()}
     found = []
-    for side, path in paths.items():
+    for side, stem in STEMS.items():
+        path = folder / "openvino" / f"{stem}.xml"
         if path.is_file():
-            model = core.compile_model(str(path), "CPU", settings)
-            names = [one.get_any_name() for one in model.inputs]
-
-            def run(inputs: Any, model: Any = model, names: Sequence[str] = tuple(names)) -> Vectors:
-                return np.array(model({name: inputs[name] for name in names})[0], np.float32)
-
+            run, _ = openvino_tower(path, threads=own_threads(), precision="f32")
             files = (str(path.relative_to(folder)), str(path.with_suffix(".bin").relative_to(folder)))
             found.append(Route("openvino", side, _prepared(folder, side, run), files))
     return found
@@ -178,14 +167,6 @@ def openvino_routes(folder: Path) -> list[Route]:
 def _prepared(folder: Path, side: Side, run: Callable[[Any], Vectors]) -> Encode:
     prepare: Any = TextPreparation(folder) if side == "text" else ImagePreparation(folder)
     return lambda items: run(prepare(items))
-
-
-def _session_call(session: Any, names: Sequence[str], output: str) -> Callable[[Any], Vectors]:
-    def run(inputs: Any) -> Vectors:
-        vectors: Vectors = session.run([output], {name: inputs[name] for name in names})[0]
-        return vectors
-
-    return run
 
 
 def _external(path: Path, folder: Path) -> list[str]:

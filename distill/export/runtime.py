@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import importlib
-import os
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distill.export.layout import OUTPUTS, PRECISIONS, Precision, onnx_file, padding_of, read_report
+from distill.cores import own_threads
+from distill.export.layout import PRECISIONS, Precision, onnx_file, padding_of, read_report
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from distill.exact import Vectors
     from distill.protocols import Image, Side
+
+    Tower = Callable[[Mapping[str, np.ndarray[Any, Any]]], Vectors]
+
+CPU = ("CPUExecutionProvider",)
 
 
 class MissingOnnxError(ImportError):
@@ -45,7 +49,7 @@ class OnnxStudent:
         *,
         precision: Precision = "fp32",
         threads: int | None = None,
-        providers: Sequence[str] = ("CPUExecutionProvider",),
+        providers: Sequence[str] = CPU,
     ) -> None:
         """Load preprocessing and both towers.
 
@@ -63,8 +67,8 @@ class OnnxStudent:
         self.folder = Path(folder)
         self.report = read_report(folder)
         self.precisions: Mapping[Side, Precision] = _there(self.folder, precision)
-        self._sessions: dict[Side, Any] = {
-            side: open_session(onnx_file(folder, side, found), threads=threads, providers=providers)
+        self._towers: dict[Side, Tower] = {
+            side: onnx_tower(onnx_file(folder, side, found), threads=threads, providers=providers)
             for side, found in self.precisions.items()
         }
         self._texts = TextPreparation(self.folder)
@@ -101,10 +105,7 @@ class OnnxStudent:
 
     def run(self, side: Side, inputs: Mapping[str, np.ndarray[Any, Any]]) -> Vectors:
         """Unit vectors (N, D) float32 of what ``prepare_texts`` or ``prepare_images`` made."""
-        session = self._sessions[side]
-        wanted = {one.name: inputs[one.name] for one in session.get_inputs()}
-        found: Vectors = session.run([OUTPUTS[side]], wanted)[0]
-        return found
+        return self._towers[side](inputs)
 
 
 class TextPreparation:
@@ -154,6 +155,41 @@ class ImagePreparation:
         return {"pixel_values": np.asarray(made["pixel_values"], np.float32)}
 
 
+def onnx_tower(path: str | Path, *, threads: int | None = None, providers: Sequence[str] = CPU) -> Tower:
+    """An ONNX file's tower: from its named inputs, among others, to its only output; see ``open_session``."""
+    session = open_session(path, threads=threads, providers=providers)
+    names = [one.name for one in session.get_inputs()]
+
+    def run(inputs: Mapping[str, np.ndarray[Any, Any]]) -> Vectors:
+        vectors: Vectors = session.run(None, {name: inputs[name] for name in names})[0]
+        return vectors
+
+    return run
+
+
+def openvino_tower(path: str | Path, *, threads: int, precision: str = "") -> tuple[Tower, str]:
+    """An OpenVINO file's tower on the processor, and in what precision it computes.
+
+    Args:
+        path: The ``.xml``.
+        threads: Of one call.
+        precision: Such as ``f32``; OpenVINO's own choice, bf16 where the processor can, when empty.
+
+    Raises:
+        MissingOnnxError: OpenVINO is not installed.
+    """
+    settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads}
+    if precision:
+        settings["INFERENCE_PRECISION_HINT"] = precision
+    compiled = onnx_module("openvino").Core().compile_model(str(path), "CPU", settings)
+    names = [port.any_name for port in compiled.inputs]
+
+    def run(inputs: Mapping[str, np.ndarray[Any, Any]]) -> Vectors:
+        return np.array(compiled({name: inputs[name] for name in names})[0], np.float32)
+
+    return run, str(compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
+
+
 def open_session(path: str | Path, *, threads: int | None = None, providers: Sequence[str]) -> Any:
     """An inference session of one ONNX file.
 
@@ -176,17 +212,6 @@ def open_session(path: str | Path, *, threads: int | None = None, providers: Seq
         return runtime.InferenceSession(str(path), options, providers=list(providers))
     except Exception as error:  # of the runtime's own kinds, all of which mean that the file is no good
         raise ValueError(f"{path} cannot be loaded ({error}): export the student again") from error
-
-
-def own_threads() -> int:
-    """Threads this process may use: ``OMP_NUM_THREADS`` where that is set, else the cores it may run on."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    if asked.isdigit() and int(asked):
-        return int(asked)
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not every system can tell
-        return os.cpu_count() or 1
 
 
 def _there(folder: Path, precision: Precision) -> dict[Side, Precision]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from distill.bench.rounds import Stage, State, Task, costs, ratio_of, time_rounds
+from distill.cores import own_threads
 from distill.export.layout import PRECISIONS, onnx_file
-from distill.export.runtime import ImagePreparation, TextPreparation, open_session, own_threads
+from distill.export.runtime import ImagePreparation, TextPreparation, onnx_tower
 from distill.protocols import SIDES
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def _tasks(student: Any, folder: Path, sample: Sample, *, side: Side, batch: int
     for precision in PRECISIONS:
         path = onnx_file(folder, side, precision)
         if path.is_file():
-            ways[f"onnx {precision}"] = _by_onnx(path)
+            ways[f"onnx {precision}"] = onnx_tower(path)
     return [Task(name, (Stage("tower", _in_turn(run, batches)),), batch) for name, run in ways.items()]
 
 
@@ -84,9 +85,3 @@ def _by_torch(student: Any, side: Side) -> Callable[[Any], object]:
         return tower(*(torch.from_numpy(inputs[name]) for name in tower.input_names))
 
     return run
-
-
-def _by_onnx(path: Path) -> Callable[[Any], object]:
-    session = open_session(path, providers=("CPUExecutionProvider",))
-    names = [one.name for one in session.get_inputs()]
-    return lambda inputs: session.run(None, {name: inputs[name] for name in names})

@@ -52,6 +52,11 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     return parse(_substitute(raw, path, ()), str(path))
 
 
+def here(run: Path) -> list[str]:
+    """Overrides for the recipe in a run's folder, wherever that lies now; its trackers are told nothing."""
+    return [f"runs={run.resolve().parent}", f"name={run.resolve().name}", "train.trackers=[]"]
+
+
 def parse(raw: object, source: str) -> Recipe:
     """Validate an already read recipe; ``source`` names it in errors."""
     try:
