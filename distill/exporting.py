@@ -19,7 +19,7 @@ from distill.analysis import without_nan
 from distill.durable import sha256_of, staged_folder, sweep_temporaries
 from distill.export.before import ExportError, check_index, check_libraries, check_room, check_target
 from distill.export.layout import FORMAT, REPORT, Precision, padding_of, read_report
-from distill.export.proof import GATES, Gate, Sample, opened_plainly
+from distill.export.proof import GATES, Gate, Sample
 from distill.export.write import BY_DEFAULT, Artefact, Origin, Proof, write_artefacts
 from distill.protocols import SIDES, Deployable, Side
 
@@ -138,14 +138,10 @@ def _indexed_ids(x: Experiment, which: str) -> dict[Side, Ids]:
 def _report(
     x: Experiment, arm: str, student: Any, proof: Proof, *, indexed: dict[str, Any] | None, settings: ExportSettings
 ) -> dict[str, Any]:
-    from distill.export.routes import transformers_routes
     from distill.export.speed import tower_times
     from distill.export.towers import OPSET
 
     sample = proof.sample
-    plainly = {}
-    if (proof.folder / "model.safetensors").is_file():
-        plainly = opened_plainly(transformers_routes(proof.folder)[1], sample)
     return {
         "format": FORMAT,
         "versions": _versions(),
@@ -167,7 +163,7 @@ def _report(
         "sample": {"images": len(sample.ids["image"]), "texts": len(sample.ids["text"]), "recalls": sample.recalls},
         "gates": {precision: asdict(gate) for precision, gate in settings.gates.items()},
         "artefacts": [one.as_dict() | {"bytes": _size(proof.folder, one)} for one in proof.judged],
-        "opened_plainly": plainly,
+        "opened_plainly": proof.opened_plainly,
         "speed": tower_times(student, proof.folder, sample, seconds=settings.seconds),
         "index": indexed,
     }

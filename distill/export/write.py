@@ -15,7 +15,7 @@ import numpy as np
 
 from distill.export import routes, towers
 from distill.export.layout import STEMS, Precision, onnx_file, padding_of
-from distill.export.proof import GATES, NOTHING, Agreement, Gate, Sample, faults
+from distill.export.proof import GATES, NOTHING, Agreement, Gate, Sample, faults, opened_plainly
 from distill.export.runtime import ImagePreparation
 from distill.inference import batches_of
 from distill.protocols import SIDES
@@ -90,6 +90,7 @@ class Proof:
     gates: Mapping[Precision, Gate] = field(default_factory=lambda: GATES)
     judged: list[Artefact] = field(default_factory=list)
     vectors: dict[tuple[str, Side], Vectors] = field(default_factory=dict)
+    opened_plainly: dict[str, float] = field(default_factory=dict)  # see the function of that name
 
     def judge(self, route: Route, *, way: str | None = None) -> Artefact:
         """Measure a route; nothing is removed."""
@@ -164,7 +165,9 @@ def _write_repository(student: Any, proof: Proof, wanted: frozenset[str]) -> Non
     stock = student.why_not_stock is None
     passed = False
     if stock and "transformers" in wanted:
-        passed = proof.keep_together(routes.transformers_routes(folder))
+        made = routes.transformers_routes(folder)
+        passed = proof.keep_together(made)
+        proof.opened_plainly = opened_plainly(made[1], proof.sample) if passed else {}
     if passed and "sentence-transformers" in wanted:
         write_sentence_transformers(folder)
         proof.keep_together(routes.sentence_transformers_routes(folder))
