@@ -208,6 +208,8 @@ def open_session(path: str | Path, *, threads: int | None = None, providers: Seq
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads or own_threads()
     options.log_severity_level = 3  # errors
+    # threads that wait for the next call would keep the cores busy, and slow torch and FAISS beside them
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return runtime.InferenceSession(str(path), options, providers=list(providers))
     except Exception as error:  # of the runtime's own kinds, all of which mean that the file is no good
