@@ -21,7 +21,7 @@ $(BIN)/python:
 $(VENV)/.run-$(FAISS): setup.cfg pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing into $(VENV) with faiss-$(FAISS)"
 	@$(PIP) "$$(grep '^torch==' constraints.txt)"
-	@$(PIP) -e ".[$(FAISS),onnx,sentence-transformers,serve]"
+	@$(PIP) -e ".[$(FAISS),onnx,remote,sentence-transformers,serve]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run-$(FAISS)

@@ -358,7 +358,11 @@ app.command(name="export")(export_commands.export_command(_open_run))
 app.command(name="bench")(bench_commands.bench_command(_open_run))
 app.add_typer(doctor_commands.doctor_app(_open), name="doctor", help="What is installed; a closer look at a teacher.")
 app.add_typer(store_commands.app, name="store")
-app.add_typer(serve_commands.serve_app(_open), name="serve", help="An exported student over HTTP, with a search page.")
+app.add_typer(
+    serve_commands.serve_app(_open),
+    name="serve",
+    help="An exported student with a search page, or a teacher, over HTTP.",
+)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,14 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 
 from distill.features import Features, write_features
 from distill.inference import batches_of, device_of, evaluating, prefetched, threads_of, to_device
 from distill.progress import Progress
-from distill.protocols import Freezable, Ids, Inputs, fingerprint
+from distill.protocols import Distant, Freezable, Ids, Inputs, fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,6 +82,27 @@ class LiveSource:
         return np.asarray([len(self.corpus.texts[row]) for row in rows.tolist()], np.int64)
 
 
+@dataclass(frozen=True)
+class DistantSource:
+    """What travels to a teacher elsewhere: rows of a corpus that is there too, else texts and files as they are."""
+
+    corpus: Corpus
+    side: Side
+    model: Distant
+
+    def __call__(self, rows: Ids) -> Inputs:
+        """Inputs of these rows of the corpus, in this order.
+
+        Raises:
+            DataError: a picture is not what it was when the corpus was loaded.
+        """
+        if self.model.knows(self.corpus.fingerprint):
+            return self.model.prepare_rows(self.side, rows)
+        if self.side == "image":
+            return self.model.prepare_files(self.corpus.pictures.encoded(rows))
+        return cast("Teacher", self.model).prepare_texts([self.corpus.texts[row] for row in rows.tolist()])
+
+
 def live_source(corpus: Corpus, side: Side, model: Preparing) -> LiveSource:
     """The source that keeps nothing."""
     return LiveSource(corpus, side, model)
@@ -96,11 +117,12 @@ def item_source(
     batch_size: int = 64,
     prepared_budget_bytes: int = 8 << 30,
     dtype: str | None = None,
-) -> LiveSource | Features:
+) -> LiveSource | DistantSource | Features:
     """The cheapest source of a side's items for a model; what it computes is reused by every later run.
 
-    A frozen tower's outputs (``Freezable``), else prepared inputs where the model offers ``prepare_identity`` and the
-    whole side fits ``prepared_budget_bytes``, else live. Files go to ``cache_dir/features``.
+    What a teacher elsewhere is sent (``Distant``), else a frozen tower's outputs (``Freezable``), else prepared inputs
+    where the model offers ``prepare_identity`` and the whole side fits ``prepared_budget_bytes``, else live. Files
+    go to ``cache_dir/features``.
 
     Args:
         corpus: Where the items come from.
@@ -111,6 +133,8 @@ def item_source(
         prepared_budget_bytes: Most bytes on disk for one side's prepared inputs; frozen outputs are not bounded by it.
         dtype: "float16" halves the bytes of a frozen tower's outputs, at half precision.
     """
+    if isinstance(model, Distant):
+        return DistantSource(corpus, side, model)
     live = live_source(corpus, side, model)
     rows = np.arange(corpus.n_images if side == "image" else corpus.n_texts, dtype=np.int64)
     folder = Path(cache_dir) / "features"
@@ -172,7 +196,7 @@ def embed_with_teacher(
         ValueError: a vector is faulty.
     """
     with evaluating(teacher):
-        encode = _teacher_encoder(teacher, side)
+        encode = teacher_encoder(teacher, side)
         return _embedded(encode, source, rows, f"teacher: {side}s", (batch_size, device or device_of(teacher)))
 
 
@@ -200,7 +224,7 @@ def write_teacher_vectors(
         ValueError: a vector is faulty.
     """
     teacher, source = asked
-    encode, device = _teacher_encoder(teacher, side), device_of(teacher)
+    encode, device = teacher_encoder(teacher, side), device_of(teacher)
 
     def after(inputs: Inputs) -> Inputs:
         found = encode(to_device(inputs, device)).float().cpu()
@@ -213,7 +237,7 @@ def write_teacher_vectors(
         return write_features(folder, identity, rows, source, batch_size=batch_size, after=after)
 
 
-def _teacher_encoder(teacher: Teacher, side: Side) -> Callable[[Inputs], Tensor]:
+def teacher_encoder(teacher: Teacher, side: Side) -> Callable[[Inputs], Tensor]:
     """Prepared inputs to unit vectors by the teacher's ``embed``, else by the ``embedding`` of its memory."""
     run = teacher.encode_images if side == "image" else teacher.encode_texts
     own: Callable[[Side, Inputs], Tensor] | None = getattr(teacher, "embed", None)

@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.protocols import Ids, Inputs, Side
+from distill.protocols import Distant, Ids, Inputs, Side
 from distill.recipe.experiment import Recipe
 from distill.timings import Timings
 
@@ -145,7 +145,8 @@ class Experiment:
         """The teacher as the recipe gives it, before any teaching; an ensemble itself, whose members are taught."""
         if self.builders.ensemble is not None:
             return self.scorer
-        return self.builders.teacher(self.corpus, None).to(self.accelerator.device)
+        teacher = self.builders.teacher(self.corpus, None)
+        return teacher if isinstance(teacher, Distant) else teacher.to(self.accelerator.device)
 
     @cached_property
     def teacher(self) -> Any:

@@ -22,7 +22,8 @@ log = logging.getLogger(__name__)
 _FREE = {
     "runs", "cache", "device", "prepared_gib", "score", "train.workers", "train.log_every", "train.checkpoint_every",
     "train.keep_checkpoints", "train.trackers", "evaluate.batch_size", "teacher.compile",
-    "train.gradient_checkpointing", "train.compile", "mine.recall_floor",
+    "train.gradient_checkpointing", "train.compile", "mine.recall_floor", "teacher.urls", "teacher.token_file",
+    "teacher.pairs_per_request", "teacher.connections", "teacher.deadline_s", "teacher.patience_s",
 }  # fmt: skip
 CORPUS = "corpus.npz"  # in the run's folder: what data it was begun with
 

@@ -69,6 +69,23 @@ class Teacher(Protocol):
 
 
 @runtime_checkable
+class Distant(Protocol):
+    """A teacher that computes elsewhere: it takes rows of a corpus that is there too, or the files as they are."""
+
+    images_at_once: int
+    """Images whose pairs make a call long enough for its requests to overlap."""
+
+    def knows(self, corpus_fingerprint: str) -> bool:
+        """Whether rows of this corpus name the same items there."""
+
+    def prepare_rows(self, side: Side, rows: Ids) -> Inputs:
+        """Inputs of rows of a corpus that it knows."""
+
+    def prepare_files(self, contents: Sequence[bytes]) -> Inputs:
+        """Inputs of picture files."""
+
+
+@runtime_checkable
 class TeachableTeacher(Teacher, Protocol):
     """A teacher that ``distill teach`` can train: an nn.Module with a contrastive (ITC) and a matching (ITM) head.
 

@@ -15,6 +15,7 @@ import numpy as np
 from distill import stopping
 from distill.inference import batches_of, bytes_of, device_of, evaluating, joined, prefetched, threads_of, to_device
 from distill.progress import Progress
+from distill.protocols import Distant
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -98,6 +99,9 @@ def score_pairs(
     options = options or ScoreOptions()
     if options.device is None:
         options = replace(options, device=device_of(teacher))
+    if isinstance(teacher, Distant):  # a call is as long as its requests take to overlap, and keeps no memories here
+        many = teacher.images_at_once
+        options = replace(options, images_per_batch=many, pairs_per_chunk=max(options.pairs_per_chunk, 64 * many))
     _check_same_teacher(teacher, store)
     store.refresh()
     started = time.monotonic()

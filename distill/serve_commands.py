@@ -1,4 +1,4 @@
-"""``distill serve student DIR``: an exported student behind HTTP, with a page to search by."""
+"""``distill serve student DIR`` and ``distill serve teacher RECIPE``: what answers over HTTP."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from distill.experiment import Experiment
     from distill.export.layout import Precision
     from distill.serving.opening import Beside
+    from distill.teacher_service.engine import EngineSettings
 
 
 class Precise(StrEnum):
@@ -42,6 +43,12 @@ TokenFile = Annotated[
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a value of the recipes, e.g. --set device=cpu")
 ]
+
+
+Served = Annotated[str, typer.Argument(metavar="RECIPE", help="of the teacher, or the folder of a run that taught one")]
+ImageMemory = Annotated[float, typer.Option("--image-memory", min=0, help="GiB of encoded pictures that are kept")]
+WaitingPairs = Annotated[int, typer.Option("--waiting-pairs", min=1, help="pairs that may wait; more are answered 429")]
+Grace = Annotated[int, typer.Option("--grace", min=0, help="seconds for what waits when it is told to end")]
 
 
 def serve_app(open_experiment: Callable[[str, list[str]], Experiment]) -> typer.Typer:
@@ -73,7 +80,50 @@ def serve_app(open_experiment: Callable[[str, list[str]], Experiment]) -> typer.
         beside = Beside(opened.get(teacher), opened.get(data), pictures, rerank)
         serve_student(folder, beside, precision=precision.value, host=host, port=port, token_file=token_file)
 
+    @app.command()
+    def teacher(
+        recipe: Served,
+        host: Host = "127.0.0.1",
+        port: Port = 8000,
+        token_file: TokenFile = None,
+        image_memory: ImageMemory = 1.0,
+        waiting_pairs: WaitingPairs = 32_768,
+        grace: Grace = 60,
+        overrides: Overrides = [],  # noqa: B006  (typer copies it)
+    ) -> None:
+        """A recipe's teacher for many clients: POST /score and /embed, GET /info, /health and /metrics."""
+        from distill.serving.opening import check_installed
+        from distill.teacher_service import NEEDED
+        from distill.teacher_service.engine import EngineSettings
+
+        check_installed(NEEDED)
+        settings = EngineSettings(image_memory_bytes=int(image_memory * 2**30), waiting_pairs=waiting_pairs)
+        x = _opened(open_experiment, recipe, overrides)
+        serve_teacher(x, settings, host=host, port=port, token_file=token_file, grace_s=grace)
+
     return app
+
+
+def serve_teacher(
+    x: Experiment, settings: EngineSettings, *, host: str, port: int, token_file: Path | None, grace_s: int
+) -> None:
+    """Load the teacher, then answer until told to end; then answer what waits and keep its scores.
+
+    Raises:
+        ServingError: something does not fit together, or the address cannot be had.
+    """
+    from distill.serving.server import address_of, allowed_hosts, bound_socket, read_token, serve
+    from distill.teacher_service.app import build_app
+    from distill.teacher_service.opening import open_engine
+    from distill.wire import Limits
+
+    token, limits = read_token(token_file), Limits()
+    with bound_socket(host, port, token=token is not None) as bound:
+        engine, info = open_engine(x, settings, limits, say=partial(typer.echo, err=True))
+        hosts = allowed_hosts(host, token=token is not None)
+        typer.echo(f"serving the teacher of {x.recipe.name} at {address_of(bound, host)} (Ctrl+C ends it)")
+        serve(build_app(engine, info, limits=limits, token=token, hosts=hosts), bound, grace_s=grace_s)
+    typer.echo(f"ended: {engine.counts.asked} pairs asked, {engine.counts.served} known", err=True)
 
 
 def serve_student(
@@ -102,6 +152,8 @@ def _opened(open_experiment: Callable[[str, list[str]], Experiment], name: str, 
     from distill.recipe.load import here
 
     run = Path(name)
-    if not (run / "recipe.yaml").is_file():
+    if run.is_dir() and not (run / "recipe.yaml").is_file():
+        raise FileNotFoundError(f"{run} has no recipe.yaml, which a run leaves in its folder: give the recipe itself")
+    if not run.is_dir():
         return open_experiment(name, ["train.trackers=[]", *overrides])
     return open_experiment(str(run / "recipe.yaml"), [*here(run), *overrides])

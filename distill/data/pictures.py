@@ -125,27 +125,43 @@ class Pictures:
         """The image files' bytes of these rows, in order.
 
         Raises:
-            OSError: A file is gone.
+            DataError: A file is gone, or holds something else than when the corpus was loaded.
         """
-        cells = self.dataset[[int(row) for row in rows]]["image"] if len(rows) else []
-        return [cell["bytes"] or Path(str(cell["path"])).read_bytes() for cell in cells]
+        wanted = [int(row) for row in rows]
+        cells = self.dataset[wanted]["image"] if wanted else []
+        contents = [self._content(row, cell) for row, cell in zip(wanted, cells, strict=True)]
+        for row, cell, content in zip(wanted, cells, contents, strict=True):
+            self._check(row, cell, content)
+        return contents
 
     def _decode(self, row: int, cell: dict[str, bytes | str | None]) -> Image:
+        content = self._content(row, cell)
+        try:
+            image = decode_image(content, max_pixels=self.max_pixels)
+        except UnreadableImageError as error:  # says more than that it is another one
+            raise self._changed(row, cell, error) from error
+        self._check(row, cell, content)
+        return image
+
+    def _content(self, row: int, cell: dict[str, bytes | str | None]) -> bytes:
         data, path = cell["bytes"], cell["path"]
         try:
-            content = data if isinstance(data, bytes) else Path(str(path)).read_bytes()
-            image = decode_image(content, max_pixels=self.max_pixels)
-            if not isinstance(data, bytes) and hashlib.sha256(content).hexdigest() != self.fingerprints[row]:
-                raise UnreadableImageError("it is another picture")
-            return image
-        except (OSError, UnreadableImageError) as error:
-            where = "" if isinstance(data, bytes) else f", {path!s}"
-            said = error.strerror if isinstance(error, OSError) else error
-            raise DataError(
-                f"image {self.names[row]!r} (row {row}{where}) is not what it was when the corpus was loaded: {said}. "
-                "Put the file back as it was and go on (run and train: with --resume); a corpus without it, or with "
-                "what it is now, is another one: give that run another name with --set name=..."
-            ) from error
+            return data if isinstance(data, bytes) else Path(str(path)).read_bytes()
+        except OSError as error:
+            raise self._changed(row, cell, error.strerror) from error
+
+    def _check(self, row: int, cell: dict[str, bytes | str | None], content: bytes) -> None:
+        """A file may be another one than when it was fingerprinted; what the table holds may not."""
+        if not isinstance(cell["bytes"], bytes) and hashlib.sha256(content).hexdigest() != self.fingerprints[row]:
+            raise self._changed(row, cell, "it is another picture")
+
+    def _changed(self, row: int, cell: dict[str, bytes | str | None], said: object) -> DataError:
+        where = "" if isinstance(cell["bytes"], bytes) else f", {cell['path']!s}"
+        return DataError(
+            f"image {self.names[row]!r} (row {row}{where}) is not what it was when the corpus was loaded: {said}. "
+            "Put the file back as it was and go on (run and train: with --resume); a corpus without it, or with "
+            "what it is now, is another one: give that run another name with --set name=..."
+        )
 
 
 def pictures_of_paths(

@@ -33,6 +33,8 @@ def build_teacher(
     torch.manual_seed(seed)
     if isinstance(recipe, EnsembleTeacherRecipe):
         raise BuildError("teacher: an ensemble is no one model; its members are built one at a time")
+    if isinstance(recipe, schema.RemoteTeacherRecipe):
+        return _remote(recipe)
     source = str(folder) if folder is not None else recipe.checkpoint
     _check_precision(getattr(recipe, "precision", "float32"), trains=teaches or source is None)
     if isinstance(recipe, schema.BlipTeacherRecipe):
@@ -47,6 +49,19 @@ def build_teacher(
         made = import_target(recipe.target)
         return made.from_pretrained(source, **recipe.options) if source is not None else made(**recipe.options)
     return _published(recipe)
+
+
+def _remote(recipe: schema.RemoteTeacherRecipe) -> Any:
+    from distill import stopping
+    from teachers.remote import RemoteOptions, RemoteTeacher, read_token
+
+    return RemoteTeacher(
+        recipe.urls,
+        identity=recipe.identity,
+        token=read_token(recipe.token_file),
+        options=RemoteOptions(**recipe.model_dump(include=set(RemoteOptions.__dataclass_fields__))),
+        heed=stopping.heed,
+    )
 
 
 def _check_precision(precision: str, *, trains: bool) -> None:

@@ -45,7 +45,7 @@ class EnsembleTeacherRecipe(Strict):
     @model_validator(mode="after")
     def _members_are_taught(self) -> EnsembleTeacherRecipe:
         for place, member in enumerate(self.members):
-            if member.kind != "custom" and member.checkpoint is None:
+            if member.kind not in ("custom", "remote") and member.checkpoint is None:
                 raise ValueError(
                     f"members.{place} ({member.kind}) has no checkpoint: teach it first by a recipe of its own "
                     "(distill teach RECIPE) and give the folder that it writes"

@@ -270,6 +270,11 @@ class Recipe(Grown):
         if self.teacher.kind == "ensemble":
             if self.teach is not None:
                 raise ValueError("teach: an ensemble is not taught, its members are: each by a recipe of its own")
+        elif self.teacher.kind == "remote":
+            if self.teach is not None:
+                raise ValueError(
+                    "teach: a teacher behind a URL is taught where it is served; leave teach out, or teach it there"
+                )
         elif self.teach is None and self.teacher.kind != "custom" and self.teacher.checkpoint is None:
             raise ValueError("teacher.checkpoint: give a hub id or folder, or a teach: section that trains the teacher")
         return self

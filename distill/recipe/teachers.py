@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from distill.protocols import ScoreKind
 from distill.recipe.basics import Count, Natural, Positive, Share, Strict, Target, TinyTower
@@ -124,6 +126,36 @@ class ClassifierTeacherRecipe(Target, _Published):
     max_text_length: Count = 40
 
 
+class RemoteTeacherRecipe(Strict):
+    """A teacher behind one or more URLs, as ``distill serve teacher`` serves it; how it is asked changes no score."""
+
+    kind: Literal["remote"]
+    urls: Annotated[tuple[str, ...], Field(min_length=1, description="servers of one teacher, http://HOST:PORT")]
+    identity: str | None = Field(
+        default=None, description="that the teacher must have (see /info); that of the first answer when absent"
+    )
+    token_file: Path | None = Field(default=None, description="file with the service's token; or set DISTILL_TOKEN")
+    pairs_per_request: Count = 512
+    connections: Count = Field(default=4, description="requests at a time, for each server")
+    deadline_s: Annotated[float, Field(gt=0, le=600)] = Field(default=120.0, description="for one request")
+    patience_s: Positive = Field(default=600.0, description="without any answer, after which the command gives up")
+
+    @field_validator("urls")
+    @classmethod
+    def _are_urls(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for url in value:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+                raise ValueError(f"{url!r} is no address of a service: give one such as http://127.0.0.1:8000")
+            if parts.username or parts.password:
+                raise ValueError("an address must not hold a password: give token_file, or set DISTILL_TOKEN")
+        return value
+
+    @property
+    def checkpoint(self) -> None:
+        """It has none here."""
+
+
 class CustomTeacherRecipe(Target):
     """A class of the user's own that satisfies ``distill.protocols.Teacher``."""
 
@@ -139,6 +171,7 @@ TeacherRecipe = Annotated[
     | ViltTeacherRecipe
     | BridgeTowerTeacherRecipe
     | ClassifierTeacherRecipe
+    | RemoteTeacherRecipe
     | CustomTeacherRecipe,
     Field(discriminator="kind"),
 ]

@@ -68,7 +68,7 @@ def build_app(engine: Engine, *, token: str | None = None, hosts: Sequence[str] 
     service = _Service(engine)
     app = FastAPI(
         title="cross2dual student",
-        version=_version(),
+        version=distribution_version(),
         docs_url=None,  # FastAPI's pages load scripts from elsewhere
         redoc_url=None,
         lifespan=service.life,
@@ -91,7 +91,7 @@ class _Service:
         self.gates = {"student": Gate("student"), "teacher": Gate("teacher"), "pictures": Gate("pictures", waiting=128)}
         self.metrics = Metrics(self.gates)
         self.thumbnails = None if engine.pictures is None else Thumbnails(engine.pictures)
-        self.info = answers.info_of(engine, _version())
+        self.info = answers.info_of(engine, distribution_version())
 
     @asynccontextmanager
     async def life(self, _: FastAPI) -> AsyncIterator[None]:
@@ -277,7 +277,8 @@ def _answer_errors(app: FastAPI) -> None:
         return JSONResponse({"error": "something went wrong here; the service's log says what"}, 500)
 
 
-def _version() -> str:
+def distribution_version() -> str:
+    """Of this package."""
     try:
         return version("cross2dual")
     except PackageNotFoundError:  # a checkout that is not installed

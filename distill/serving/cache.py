@@ -41,3 +41,12 @@ class ByteCache(Generic[Key, Value]):
             self.used += size
             while self.used > self.limit:
                 self.used -= self._kept.popitem(last=False)[1][1]
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._kept
+
+    def clear(self) -> None:
+        """Keep nothing."""
+        with self._lock:
+            self._kept.clear()
+            self.used = 0

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from distill.serving.metrics import Metrics
+    from distill.serving.metrics import RequestMetrics
 
 PATIENCE_S = 30.0  # for the next piece of a body
 _SAFE = {"GET", "HEAD", "OPTIONS"}
@@ -52,7 +52,7 @@ class SafeHeaders:
 class Counted:
     """Tells the metrics of every request."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: RequestMetrics) -> None:
         self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -158,6 +158,32 @@ class _Body:
         return message
 
 
+class BytesInHand:
+    """Bounds what the bodies of all requests in hand hold together, by what they state before anything is read."""
+
+    def __init__(self, app: ASGIApp, *, limit: int, each: int) -> None:
+        """``limit``: of all together; ``each``: what a request without a length is taken for."""
+        self.app, self.limit, self.each = app, limit, each
+        self._taken = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 429, or let the request through and count it while it lasts."""
+        if scope["type"] != "http" or scope["method"] in _SAFE:
+            await self.app(scope, receive, send)
+            return
+        stated = Headers(scope=scope).get("content-length", "")
+        size = int(stated) if stated.isdigit() else self.each
+        if self._taken and self._taken + size > self.limit:
+            told = "the requests in hand hold as many bytes as may be; try again in a moment"
+            await JSONResponse({"error": told}, 429, {"Retry-After": "1"})(scope, receive, send)
+            return
+        self._taken += size
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self._taken -= size
+
+
 def too_large(limit: int) -> str:
     """Words for a body above the limit."""
-    return f"too much was sent: a request may hold {limit / 2**20:g} MiB; make the picture smaller"
+    return f"too much was sent: a request may hold {limit / 2**20:g} MiB"

@@ -10,7 +10,7 @@ from distill.serving.catalog import Catalog, has_index
 from distill.serving.engine import Engine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from distill.data.corpus import Corpus
@@ -41,13 +41,13 @@ class Beside:
     rerank: int = 32
 
 
-def check_installed() -> None:
-    """Refuse before anything is loaded.
+def check_installed(needed: Mapping[str, str] = _NEEDED) -> None:
+    """Refuse before anything is loaded; ``needed``: modules and the packages that bring them.
 
     Raises:
         MissingServeError: naming what is missing.
     """
-    missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
+    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise MissingServeError(f'{", ".join(missing)} not installed: pip install "cross2dual[serve]"')
 
@@ -68,7 +68,7 @@ def open_engine(folder: Path, beside: Beside, *, precision: Precision, say: Call
     from distill.export.runtime import OnnxStudent
 
     if beside.teacher is not None:
-        _check_teacher(beside.teacher)
+        check_teacher(beside.teacher)
     student = OnnxStudent(folder, precision=precision)
     say(f"student: {student.report['student'].get('class', '')}, {_precisions(student)}")
     catalog = Catalog(folder, dim=student.dim) if has_index(folder) else None
@@ -88,14 +88,18 @@ def open_engine(folder: Path, beside: Beside, *, precision: Precision, say: Call
     return Engine(student, catalog, pictures, reranker, rerank=beside.rerank)
 
 
-def _check_teacher(x: Experiment) -> None:
-    """Before the minutes that loading takes."""
+def check_teacher(x: Experiment) -> None:
+    """Refuse, before the minutes that loading takes, what is no one model or has not been taught.
+
+    Raises:
+        ServingError: with what to give in its place.
+    """
     from distill.pipeline import DONE
 
     if x.builders.ensemble is not None:
         raise ServingError(
             f"the teacher of {x.recipe.name} is an ensemble, whose members are never in memory together, so it cannot "
-            "re-rank a query: give a recipe with one of its members as the teacher"
+            "be served: give a recipe with one of its members as the teacher"
         )
     if x.recipe.teach is not None and not (x.folder / "teacher" / DONE).is_file():
         raise ServingError(

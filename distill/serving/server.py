@@ -94,8 +94,8 @@ def address_of(bound: socket.socket, host: str) -> str:
     return f"http://{shown}:{bound.getsockname()[1]}/"
 
 
-def serve(app: FastAPI, bound: socket.socket) -> None:
-    """Answer requests until SIGTERM or SIGINT; what is in hand then is answered."""
+def serve(app: FastAPI, bound: socket.socket, *, grace_s: int = GRACE_S) -> None:
+    """Answer requests until SIGTERM or SIGINT; what is in hand then is answered, for ``grace_s`` at most."""
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -106,7 +106,7 @@ def serve(app: FastAPI, bound: socket.socket) -> None:
         proxy_headers=False,
         server_header=False,
         limit_concurrency=MOST_CONNECTIONS,
-        timeout_graceful_shutdown=GRACE_S,
+        timeout_graceful_shutdown=grace_s,
     )
     _Server(config).run(sockets=[bound])
 

@@ -1,0 +1,71 @@
+"""From a recipe's experiment to a running engine; what cannot be served is refused before models are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from distill.protocols import SIDES, Distant
+from distill.serving.app import distribution_version
+from distill.serving.opening import ServingError, check_teacher
+from distill.teacher_service.engine import Engine
+from distill.teacher_service.items import Items
+from distill.teacher_service.schemas import CorpusInfo, Info, LimitsInfo
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from distill.experiment import Experiment
+    from distill.protocols import Side
+    from distill.teacher_service.engine import EngineSettings
+    from distill.wire import Limits
+
+
+def open_engine(
+    x: Experiment, settings: EngineSettings, limits: Limits, *, say: Callable[[str], object]
+) -> tuple[Engine, Info]:
+    """Load the recipe's teacher with its corpus and its store.
+
+    Args:
+        x: of the recipe.
+        settings: sizes of the engine.
+        limits: of a request.
+        say: told what is loaded.
+
+    Raises:
+        ServingError: the teacher is not yet taught, is several, or is itself a service.
+    """
+    from distill.towers import width_of
+
+    check_teacher(x)
+    corpus = x.corpus
+    say(f"corpus: {corpus.name}, {corpus.n_images} pictures, {corpus.n_texts} captions")
+    teacher = x.teacher
+    if isinstance(teacher, Distant):
+        raise ServingError(
+            "the recipe's teacher is a service already: ask that one, or give a recipe with a checkpoint"
+        )
+    split = corpus.split(next(iter(corpus.splits)))
+    dim = width_of(teacher, corpus, split.ids)
+    say(f"teacher: {type(teacher).__name__}, {teacher.score_kind}, {teacher.identity}")
+    items: dict[Side, Items] = {
+        side: Items(side, teacher, corpus=corpus, source=x.source(teacher, side), max_pixels=limits.picture_pixels)
+        for side in SIDES
+    }
+    store = x.store
+    say(f"store: {store.stats().pairs} pairs in {store.folder}")
+    engine = Engine(teacher, items, store, settings, x.accelerator.device)
+    return engine, _info(teacher, dim, corpus, limits)
+
+
+def _info(teacher: Any, dim: int | None, corpus: Any, limits: Limits) -> Info:
+    known = CorpusInfo(name=corpus.name, fingerprint=corpus.fingerprint, images=corpus.n_images, texts=corpus.n_texts)
+    return Info(
+        version=distribution_version(),
+        teacher=type(teacher).__name__,
+        identity=teacher.identity,
+        score_kind=teacher.score_kind,
+        dim=dim,
+        corpus=known,
+        limits=LimitsInfo(**asdict(limits)),
+    )
