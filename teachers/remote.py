@@ -104,22 +104,32 @@ class RemoteTeacher:
         self._lock = threading.Lock()
         self._pausing, self._ended, self._answered_at = 0, False, time.monotonic()
         self._open()
+        try:
+            self._connect(identity)
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(self, identity: str | None) -> None:
         found = self._connected()
         self._info = next(iter(found.values()))
         self.identity: str = identity or str(self._info["identity"])
+        self.score_kind: ScoreKind = self._info["score_kind"]
         for server in self._servers:
             if server in found:
                 self._check_identity(server, str(found[server]["identity"]))
             else:
                 log.warning("no teacher answers at %s: going on without it", server.url)
-        self.score_kind: ScoreKind = self._info["score_kind"]
 
     def __repr__(self) -> str:
         return f"{self._info['teacher']} at {', '.join(server.url for server in self._servers)}"
 
     def _open(self) -> None:
-        import httpx2
-
+        try:
+            import httpx2
+            import msgpack  # noqa: F401  (what requests are packed with)
+        except ImportError as error:
+            raise ImportError(f'{error.name} is not installed: pip install "cross2dual[remote]"') from None
         headers = {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
         count = self.options.connections * len(self._servers)
         timeout = httpx2.Timeout(10.0, read=self.options.deadline_s + 10.0, write=30.0)

@@ -8,13 +8,11 @@ teacher no more than one large one, and a lone request waits for nobody.
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -141,13 +139,15 @@ class Engine:
         }
         self._known = KnownScores(store, pairs_per_unit=settings.pairs_per_unit, remembered=settings.remembered_pairs)
         self._packs = Packs(teacher, self.memories["image"], self.memories["text"], self._known)
+        self._packs.pairs_per_call = settings.pairs_per_pack
         self._device = device
         self.counts = Counts()
         self._waiting: deque[_Job] = deque()
         self._open: set[_Job] = set()  # that wait or are worked on
         self._state = threading.Condition()
         self._closing = False
-        self._ready: queue.Queue[list[_Job] | None] = queue.Queue(1)
+        self._ready: list[_Job] | None = None  # the next pack, prepared
+        self._prepared_all = self._failed = False
         self._rate = 0.0  # pairs a second, lately
         self._threads = [
             threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True)
@@ -264,29 +264,25 @@ class Engine:
     def _prepare_packs(self) -> None:
         while True:
             with self._state:
-                self._state.wait_for(lambda: self._waiting or self._closing)
-                if not self._waiting:
-                    break
+                # not before the last pack is taken: whatever comes until then can be scored together
+                self._state.wait_for(self._may_prepare)
+                if self._failed or not self._waiting:
+                    self._prepared_all = True
+                    self._state.notify_all()
+                    return
                 pack: list[_Job] = []
                 weight = 0
                 while self._waiting and (not pack or weight + self._waiting[0].weight <= self.settings.pairs_per_pack):
                     pack.append(self._waiting.popleft())
                     weight += pack[-1].weight
-            self._hand_over([job for job in pack if self._begun(job)])
-        self._hand_over(None)
-
-    def _hand_over(self, pack: list[_Job] | None) -> None:
-        while self._threads[1].is_alive():
-            with suppress(queue.Full):
-                self._ready.put(pack, timeout=1.0)
-                return
+            begun = [job for job in pack if self._begun(job)]
+            with self._state:
+                self._ready = begun
+                self._state.notify_all()
 
     def _begun(self, job: _Job) -> bool:
         """Prepare a job; False where it has ended, in whatever way."""
-        if time.monotonic() > job.deadline:
-            _settle(job.future, error=TooLateError())
-            return False
-        if not job.future.set_running_or_notify_cancel():
+        if self._is_late(job) or not job.future.set_running_or_notify_cancel():
             return False
         try:
             job.prepared = job.prepare()
@@ -319,11 +315,26 @@ class Engine:
         self._known.flush()
 
     def _next(self) -> list[_Job] | None:
-        try:
-            return self._ready.get(timeout=IDLE_S)
-        except queue.Empty:
-            self._known.flush()
-            return self._ready.get()
+        with self._state:
+            if not self._state.wait_for(self._has_next, timeout=IDLE_S):
+                self._known.flush()
+                self._state.wait_for(self._has_next)
+            pack, self._ready = self._ready, None
+            self._state.notify_all()
+        return None if pack is None else [job for job in pack if not self._is_late(job)]
+
+    def _may_prepare(self) -> bool:
+        return self._failed or (self._ready is None and (bool(self._waiting) or self._closing))
+
+    def _has_next(self) -> bool:
+        return self._ready is not None or self._prepared_all or self._failed
+
+    @staticmethod
+    def _is_late(job: _Job) -> bool:
+        if time.monotonic() <= job.deadline:
+            return False
+        _settle(job.future, error=TooLateError())
+        return True
 
     def _answer(self, jobs: list[_Job]) -> None:
         """Score jobs together; where that fails, each by itself, so that one cannot spoil the others."""
@@ -356,12 +367,17 @@ class Engine:
             try:
                 return self._packs.answer(requests)
             except torch.OutOfMemoryError:
-                if images.batch == 1:
+                if images.batch == self._packs.pairs_per_call == 1:
                     raise
                 images.forget()
                 self.memories["text"].forget()
-                images.batch //= 2
-                log.warning("the device is out of memory; going on with %d images at a time", images.batch)
+                images.batch = max(1, images.batch // 2)
+                self._packs.pairs_per_call = max(1, self._packs.pairs_per_call // 2)
+                log.warning(
+                    "the device is out of memory; going on with %d images and %d pairs at a time",
+                    images.batch,
+                    self._packs.pairs_per_call,
+                )
             torch.cuda.empty_cache()  # outside the handler, so that the failed call's tensors are free
 
     def _embedded(self, side: Side, items: list[Item]) -> Callable[[], Embedded]:
@@ -405,7 +421,7 @@ class Engine:
         except BaseException:
             log.exception("the engine has ended")
             with self._state:
-                self._closing = True
+                self._closing = self._failed = self._prepared_all = True
                 self._state.notify_all()
             for job in list(self._open):
                 _settle(job.future, error=EndedError())

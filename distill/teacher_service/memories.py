@@ -128,10 +128,17 @@ class Memories:
         for of_kind in parts.values():
             yield from self._merged(of_kind)
 
+    def _cut(self, parts: list[tuple[list[Item], Inputs]]) -> Iterator[tuple[list[Item], Inputs]]:
+        """Batches may have become smaller since they were prepared."""
+        for items, inputs in parts:
+            for at in range(0, len(items), self.batch):
+                part = slice(at, at + self.batch)
+                yield items[part], {name: tensor[part] for name, tensor in inputs.items()}
+
     def _merged(self, parts: list[tuple[list[Item], Inputs]]) -> Iterator[tuple[list[Item], Inputs]]:
         waiting: list[tuple[list[Item], Inputs]] = []
         count = 0
-        for part in parts:
+        for part in self._cut(parts):
             if waiting and count + len(part[0]) > self.batch:
                 yield _as_one(waiting)
                 waiting, count = [], 0

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from distill.protocols import Ids, Teacher
+    from torch import Tensor
+
+    from distill.protocols import Ids, Memory, Teacher
     from distill.store import ScoreStore
     from distill.teacher_service.items import Item
     from distill.teacher_service.memories import Memories, Prepared
@@ -104,6 +106,7 @@ class Packs:
     def __init__(self, teacher: Teacher, images: Memories, texts: Memories, known: KnownScores) -> None:
         """``images`` and ``texts``: what the teacher makes of items; ``known``: what needs no teacher."""
         self._teacher, self._images, self._texts, self.known = teacher, images, texts, known
+        self.pairs_per_call = 1024
 
     def answer(self, requests: Sequence[Pairs]) -> list[Found]:
         """The scores of each request."""
@@ -143,11 +146,25 @@ class Packs:
             mine = image_row[rows[:, 0]] >= 0
             pairs = image_row[rows[mine, 0]], text_row[rows[mine, 1]]
             device = next(iter(of_images.values())).device
-            scores = self._teacher.score(of_images, memory, *(torch.from_numpy(one).to(device) for one in pairs))
-            if scores.shape != (int(mine.sum()),):
-                raise ValueError(f"the teacher gave {tuple(scores.shape)} scores for {int(mine.sum())} pairs")
-            found[mine] = scores.float().cpu().numpy()
+            image_rows, text_rows = (torch.from_numpy(one).to(device) for one in pairs)
+            parts = range(0, len(image_rows), self.pairs_per_call)
+            scores = [
+                self._score(
+                    of_images,
+                    memory,
+                    image_rows[at : at + self.pairs_per_call],
+                    text_rows[at : at + self.pairs_per_call],
+                )
+                for at in parts
+            ]
+            found[mine] = torch.cat(scores).float().cpu().numpy()
         return found
+
+    def _score(self, images: Memory, texts: Memory, image_rows: Tensor, text_rows: Tensor) -> Tensor:
+        scores = self._teacher.score(images, texts, image_rows, text_rows)
+        if scores.shape != image_rows.shape:
+            raise ValueError(f"the teacher gave {tuple(scores.shape)} scores for {len(image_rows)} pairs")
+        return scores
 
 
 def _distinct(lists: Sequence[Sequence[Item]]) -> tuple[list[Item], list[Ids]]:
