@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.protocols import Distant, Ids, Inputs, Side
+from distill.protocols import Ids, Inputs, Side
 from distill.recipe.experiment import Recipe
 from distill.timings import Timings
 
@@ -142,11 +142,15 @@ class Experiment:
         return Ranks(self.accelerator)
 
     def untaught_teacher(self) -> Any:
-        """The teacher as the recipe gives it, before any teaching; an ensemble itself, whose members are taught."""
+        """The teacher as the recipe gives it, before any teaching; an ensemble itself, whose members are taught.
+
+        A teacher elsewhere is the one that scores, and connected to once.
+        """
         if self.builders.ensemble is not None:
             return self.scorer
-        teacher = self.builders.teacher(self.corpus, None)
-        return teacher if isinstance(teacher, Distant) else teacher.to(self.accelerator.device)
+        if self.recipe.teacher.kind == "remote":
+            return self.teacher
+        return self.builders.teacher(self.corpus, None).to(self.accelerator.device)
 
     @cached_property
     def teacher(self) -> Any:

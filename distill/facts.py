@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distill.evaluate import Evaluation
-from distill.results import TEACHER, TEACHER_NOTE
+from distill.results import TEACHER
 from distill.significance import Clusters, Resampling, recall_intervals
+from distill.teacher_note import noted_teacher
 
 if TYPE_CHECKING:
     from distill.experiment import Experiment
@@ -40,7 +41,9 @@ def run_facts(x: Experiment, arm: str) -> dict[str, Any]:
             "taught": recipe.teach is not None,
             # a folder on some machine says nothing to others
             "checkpoint": _hub_id(teacher.get("checkpoint")),
-            **(_json(x, TEACHER_NOTE) or {"identity": None, "score_kind": getattr(recipe.teacher, "score_kind", None)}),
+            **(
+                noted_teacher(x.folder) or {"identity": None, "score_kind": getattr(recipe.teacher, "score_kind", None)}
+            ),
         },
         "student": _student(recipe.student.model_dump(mode="json", exclude_defaults=True)),
         "losses": [part.model_dump(mode="json", exclude_defaults=True) for part in recipe.arms[arm].losses],

@@ -13,6 +13,7 @@ from distill.durable import sweep_temporaries, write_atomically
 from distill.preflight_training import check_means
 from distill.protocols import DIRECTIONS, ContrastiveTeachable, MapsTeacher, TeachableTeacher
 from distill.recipe.load import dump
+from distill.teacher_note import note_teacher, noted_teacher
 
 if TYPE_CHECKING:
     from distill.experiment import Experiment
@@ -102,6 +103,8 @@ def _check_losses(x: Experiment) -> None:
     from distill.extras import EXTRAS
 
     kind = getattr(x.recipe.teacher, "score_kind", None)
+    if x.recipe.teacher.kind == "remote" and any(arm.reads_scores for arm in x.recipe.arms.values()):
+        kind = x.teacher.score_kind
     for name, arm in x.recipe.arms.items():
         for built in x.builders.losses(arm.losses).parts:
             if not built.needs <= EXTRAS:
@@ -266,7 +269,20 @@ def claim(x: Experiment, *, resume: bool) -> None:
     else:
         (x.folder / CORPUS).unlink(missing_ok=True)  # of a run that was killed before it had begun
         note_or_compare(x.corpus, x.folder / CORPUS)
+    if x.recipe.teacher.kind == "remote":
+        _note_or_compare_teacher(x)
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _note_or_compare_teacher(x: Experiment) -> None:
+    """The recipe says where the teacher is and not which: a run goes on with the one that it began with."""
+    known, teacher = noted_teacher(x.folder), x.teacher
+    if known is not None and known["identity"] != teacher.identity:
+        raise PreflightError(
+            f"{teacher} is the teacher {teacher.identity}, but {x.folder} was begun with {known['identity']}: serve "
+            "that one again, or give this run another name with --set name=..."
+        )
+    note_teacher(x.folder, teacher.identity, teacher.score_kind)
 
 
 def _check_same(old: Any, new: Any, path: Path) -> None:

@@ -21,6 +21,7 @@ from distill.index import VectorIndex
 from distill.pipeline import trained_arm
 from distill.protocols import DIRECTIONS, SIDES, Candidates, Direction, Side, sides_of
 from distill.show import write_retrieval_sheet
+from distill.teacher_note import note_teacher
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 TEACHER = "teacher"
-TEACHER_NOTE = "teacher.json"  # its identity and kind of score
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
 
 
@@ -51,7 +51,7 @@ def _results(x: Experiment, students: Mapping[str, Path]) -> dict[str, dict[str,
 
     split = x.corpus.split(x.recipe.evaluate.split)
     x.scorer  # noqa: B018  (made, or taught, before the evaluation's time is taken)
-    _note_teacher(x)
+    note_teacher(x.folder, x.scorer.identity, x.scorer.score_kind)
     vectors: dict[str, dict[Side, Vectors]] = {}
     with x.timings.stage("evaluate"):
         evaluations = {TEACHER: evaluate_teacher(x, split, fallback=next(iter(students.values())))}
@@ -71,12 +71,6 @@ def _results(x: Experiment, students: Mapping[str, Path]) -> dict[str, dict[str,
         write_retrieval_sheet(x, split, vectors, ranks, sheet)
     log.info("summary: %s, pictures: %s", x.folder / "summary.json", sheet)
     return summary
-
-
-def _note_teacher(x: Experiment) -> None:
-    """Which teacher it was, for whoever has the run without it."""
-    told = {"identity": x.scorer.identity, "score_kind": x.scorer.score_kind}
-    write_atomically(x.folder / TEACHER_NOTE, lambda file: file.write(json.dumps(told).encode()))
 
 
 def evaluate_teacher(x: Experiment, split: Split, *, fallback: Path | None = None) -> Evaluation:

@@ -9,8 +9,8 @@ import pytest
 
 from distill.evaluate import Evaluation
 from distill.facts import run_facts
-from distill.results import TEACHER_NOTE
 from distill.significance import Clusters, Resampling, recall_intervals
+from distill.teacher_note import TEACHER_NOTE
 from tests.export.conftest import SCENES, made_run
 
 
