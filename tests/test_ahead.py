@@ -71,6 +71,7 @@ def test_it_mines_with_the_student_of_the_step_and_scores_before_the_round_begin
     assert weights(other) != made  # mined by the student of the round's end
 
 
+@pytest.mark.slow
 def test_where_the_second_process_fails_or_all_die_the_training_comes_to_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

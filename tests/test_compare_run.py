@@ -182,6 +182,7 @@ def test_stopped_and_started_again_it_ends_with_the_same_weights(
             torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_is_no_cell_is_not_redone(compared: tuple[Path, str]) -> None:
     folder, _ = compared
     done = distill(*arguments(*LOSSES), "--redo=nothing/0", folder=folder, settings=SETTINGS)

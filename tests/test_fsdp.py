@@ -53,7 +53,9 @@ def stop_in(folder: Path, arm: str, processes) -> list[str]:
     return ended(processes, code=143)
 
 
-@pytest.mark.parametrize(("arm", "first_sharded"), [("distilled", True), ("plain", False)])
+@pytest.mark.parametrize(
+    ("arm", "first_sharded"), [("distilled", True), pytest.param("plain", False, marks=pytest.mark.slow)]
+)
 def test_either_goes_on_where_the_other_stopped_and_ends_as_one_process_does(
     whole: Path, tmp_path: Path, arm: str, first_sharded: bool
 ) -> None:
@@ -99,9 +101,18 @@ def test_either_goes_on_where_the_other_stopped_and_ends_as_one_process_does(
     ("environment", "settings", "message"),
     [
         ({}, [], "Accelerate was asked for FSDP, which it does not do here (MULTI_CPU:"),
-        ({"SHARD_ON_CPU": "1", "FSDP_VERSION": "1"}, [], "version 1, whose checkpoints no other run could go on with"),
-        ({"SHARD_ON_CPU": "1"}, ["train.compile=true"], "train.compile cannot be used under FSDP: leave it out"),
-        ({"SHARD_ON_CPU": "1"}, ["train.precision=fp16"], "train.precision fp16 cannot be used under FSDP: take bf16"),
+        *(
+            pytest.param(*refused, marks=pytest.mark.slow)
+            for refused in (
+                ({"SHARD_ON_CPU": "1", "FSDP_VERSION": "1"}, [], "version 1, whose checkpoints no other run could go"),
+                (
+                    {"SHARD_ON_CPU": "1"},
+                    ["train.compile=true"],
+                    "train.compile cannot be used under FSDP: leave it out",
+                ),
+                ({"SHARD_ON_CPU": "1"}, ["train.precision=fp16"], "train.precision fp16 cannot be used under FSDP"),
+            )
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_work(tmp_path: Path, environment, settings, message: str) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.forked import ROOT as ROOT
+from tests.forked import command
+
 SMALL = ["data.train=60", "data.val=20", "data.test=20", "train.batch_size=16", "teach.batch_size=16"]
 
 
@@ -20,14 +22,7 @@ def distill(
     """Run the command as a user does, in a folder of the test's."""
     overrides = [f"--set={item}" for item in [*settings, f"runs={folder / 'runs'}", f"cache={folder / 'cache'}"]]
     search = arguments and arguments[0] in ("search", "compact")  # which read a run, not a recipe
-    return subprocess.run(
-        [sys.executable, "-m", "distill", *arguments, *([] if search else overrides)],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)},
-        check=False,
-    )
+    return command(*arguments, *([] if search else overrides), folder=folder, threads=threads)
 
 
 ATTENTION = "arms={plain: {losses: [{name: contrastive}]}, a: {losses: [{name: attention}]}}"
@@ -78,8 +73,16 @@ def test_a_wrong_recipe_is_refused_within_ten_seconds(tmp_path: Path, overrides:
 def test_compiling_without_a_compiler_is_refused_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    done = distill("run", "quickstart", folder=tmp_path, settings=[*SMALL, "train.compile=true"])
+    monkeypatch.setenv("CXX", "no-such-compiler")  # read when torch is imported, so in a process that imports it
+    options = [f"--set={one}" for one in [*SMALL, "train.compile=true", f"runs={tmp_path / 'runs'}"]]
+    done = subprocess.run(
+        [sys.executable, "-m", "distill", "run", "quickstart", *options, f"--set=cache={tmp_path / 'cache'}"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2
     assert "train.compile: torch.compile cannot be used here: InvalidCxxCompiler: No working C++ comp" in done.stderr
     assert "install a C++ compiler (g++, or one that the variable CXX names), or leave train.compile out" in done.stderr

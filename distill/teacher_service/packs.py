@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -137,10 +137,10 @@ class Packs:
         import torch
 
         wanted = np.unique(rows[:, 1])
-        order, memory = self._texts.all_of([texts[place] for place in wanted.tolist()], prepared[1])
+        order, memory = self._texts.all_of(_once(texts[place] for place in wanted.tolist()), prepared[1])
         text_row = _rows_of(order, texts)
         found = np.empty(len(rows), np.float32)
-        needed = [images[place] for place in np.unique(rows[:, 0]).tolist()]
+        needed = _once(images[place] for place in np.unique(rows[:, 0]).tolist())
         for some, of_images in self._images.batches(needed, prepared[0]):
             image_row = _rows_of(some, images)
             mine = image_row[rows[:, 0]] >= 0
@@ -168,19 +168,28 @@ class Packs:
 
 
 def _distinct(lists: Sequence[Sequence[Item]]) -> tuple[list[Item], list[Ids]]:
-    """The distinct items of all lists, and for each list the place of its items among them."""
-    found: dict[str, int] = {}
+    """The distinct items of all lists, and for each list the place of its items among them.
+
+    Copies in the corpus are distinct: each of their pairs has a place of its own in the store.
+    """
+    found: dict[str | int, int] = {}
     items: list[Item] = []
     places = []
     for some in lists:
         own = np.empty(len(some), np.int64)
         for place, item in enumerate(some):
-            if item.key not in found:
-                found[item.key] = len(items)
+            name = item.key if item.row < 0 else item.row
+            if name not in found:
+                found[name] = len(items)
                 items.append(item)
-            own[place] = found[item.key]
+            own[place] = found[name]
         places.append(own)
     return items, places
+
+
+def _once(items: Iterable[Item]) -> list[Item]:
+    """Of copies the first."""
+    return list({item.key: item for item in items}.values())
 
 
 def _rows_of(some: Sequence[Item], among: Sequence[Item]) -> Ids:

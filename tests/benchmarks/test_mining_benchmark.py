@@ -16,6 +16,7 @@ from benchmarks.mining import CAPTIONS, Sizes, check, make_vectors
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_the_whole_run_prints_a_table_and_writes_every_way(tmp_path):
     command = [sys.executable, "-m", "benchmarks.mining", "--images", "200", "--torch", "--json", tmp_path / "out.json"]
     done = subprocess.run(

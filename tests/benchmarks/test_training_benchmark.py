@@ -25,6 +25,7 @@ def prepared(tmp_path_factory):
     return folder, bench.prepare(folder, SIZES)
 
 
+@pytest.mark.slow
 def test_the_whole_run_prints_tables_and_writes_every_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = ("encode", "memory", "in_batch", "theirs, halves")
     monkeypatch.setattr(bench, "WAYS", {name: bench.WAYS[name] for name in few})

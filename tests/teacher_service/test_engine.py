@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from concurrent.futures import CancelledError
@@ -12,6 +13,8 @@ import PIL.Image
 import pytest
 import torch
 
+from distill.data.corpus import build_corpus
+from distill.data.pictures import pictures_of_bytes
 from distill.teacher_service.engine import BusyError, EndedError, TooLateError
 from distill.teacher_service.requests import ScoreRequest
 from distill.wire import RefusedError
@@ -48,6 +51,10 @@ def png(shade: int, size: int = 4) -> bytes:
     file = BytesIO()
     PIL.Image.new("L", (size, size), color=shade).save(file, "PNG")
     return file.getvalue()
+
+
+def sha(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def test_scores_are_those_of_the_teacher_in_the_order_of_the_request():
@@ -118,6 +125,28 @@ def test_an_item_that_was_sent_and_is_in_the_corpus_counts_as_its_row(tmp_path):
         assert engine.score(pairs(CORPUS, [3], [5]), later()).result(SOON).asked == 0
         assert engine.score(ScoreRequest.model_validate(sent), later()).result(SOON).asked == 0
     assert store_of(teacher, CORPUS, tmp_path).stats().pairs == 1, "what is not of the corpus is not stored"
+
+
+def test_copies_in_the_corpus_are_encoded_once_and_stored_each(tmp_path):
+    corpus = build_corpus(
+        "copies",
+        pictures_of_bytes([png(3), png(5), png(3)], names=list("abc"), fingerprints=[sha(png(n)) for n in (3, 5, 3)]),
+        texts=["1", "2", "1"],
+        pairs=np.array([[0, 0], [1, 1], [2, 2]]),
+        image_splits=["train"] * 3,
+    )
+    teacher = ToyTeacher()
+    images, texts = all_pairs(range(3), range(3))
+    with engine_of(teacher, corpus, tmp_path, images_per_batch=1) as engine:
+        answer = engine.score(pairs(corpus, images, texts), later()).result(SOON)
+        assert answer.asked == 9
+        again = engine.score(pairs(corpus, images, texts), later()).result(SOON)
+        assert again.asked == 0
+    expected = expected_scores(np.array([3, 5, 3])[images], np.array([1, 2, 1])[texts])
+    np.testing.assert_array_equal(answer.scores, expected)
+    np.testing.assert_array_equal(again.scores, expected)
+    assert (sorted(teacher.images), sorted(teacher.texts)) == ([3, 5], [1, 2])
+    assert not store_of(teacher, corpus, tmp_path).missing(images, texts).any()
 
 
 def test_pictures_that_were_sent_are_encoded_together():

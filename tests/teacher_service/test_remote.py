@@ -14,6 +14,7 @@ import torch
 from distill.embed import DistantSource, embed_with_teacher, item_source
 from distill.protocols import Distant, Teacher
 from distill.score import score_pairs
+from distill.serving.rerank import Reranker
 from distill.stopping import Stopped
 from distill.wire import Limits, unpacked
 from teachers.remote import OtherTeacherError, RemoteOptions, RemoteTeacher, RemoteTeacherError
@@ -103,6 +104,14 @@ def test_pictures_that_are_no_files_go_without_loss(url, connect):
     texts = remote.encode_texts(remote.prepare_texts(["40 word", "3"]))
     found = remote.score(images, texts, torch.tensor([0, 1, 0]), torch.tensor([0, 0, 1]))
     np.testing.assert_array_equal(found, expected_scores(np.array([7, 2, 7]), np.array([40, 40, 3])))
+
+
+def test_it_re_ranks(url, toy, connect):
+    load = {"image": CORPUS.load_images, "text": lambda ids: [CORPUS.texts[row] for row in ids.tolist()]}
+    far, near = (Reranker(teacher, load) for teacher in (connect(url), toy))
+    found = np.array([3, 1, 7], np.int64)
+    for query, side in (("5 word", "image"), (CORPUS.load_images(np.array([2]))[0], "text")):
+        np.testing.assert_array_equal(far.scores(query, side, found), near.scores(query, side, found))
 
 
 def test_vectors_of_its_contrastive_head(url, toy, connect):

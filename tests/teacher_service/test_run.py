@@ -162,6 +162,7 @@ def test_two_trainers_by_one_service_end_as_those_with_the_teacher_at_home(whole
     assert pairs_of(whole / "served", note_of(run)).keys() == expected.keys(), "ended, it has kept every score"
 
 
+@pytest.mark.slow
 def test_a_service_that_is_killed_amid_requests_and_served_again_costs_no_pair(whole: Path, tmp_path: Path) -> None:
     run = whole / "runs" / "quickstart"
     with socket.socket() as free:
@@ -223,18 +224,6 @@ answer = httpx2.post(
 )
 sys.stdout.buffer.write(answer.content)
 """
-
-
-def test_a_run_goes_on_with_the_teacher_that_it_began_with_alone(whole: Path, tmp_path: Path) -> None:
-    own = [f"runs={tmp_path / 'runs'}", f"cache={tmp_path / 'cache'}"]
-    with service(whole) as (url, _):
-        begun = distill("score", "quickstart", folder=tmp_path, settings=[*DATA, *STUDENT, *remote(url), *own])
-        assert begun.returncode == 0, begun.stderr
-        note = tmp_path / "runs" / "quickstart" / "teacher.json"
-        note.write_text(note.read_text().replace(note_of(note.parent)["identity"], "f" * 32))
-        gone_on = distill("score", "quickstart", folder=tmp_path, settings=[*DATA, *STUDENT, *remote(url), *own])
-    assert gone_on.returncode == 2
-    assert "was begun with ffff" in gone_on.stderr
 
 
 def test_what_cannot_be_served_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
