@@ -419,7 +419,7 @@ def our_parts(
     from distill.embed import item_source, live_source
     from distill.features import Features
     from distill.groups import GroupedSampler, dense_candidates, grouped
-    from distill.mined import RememberedVectors
+    from distill.mined_vectors import RememberedVectors
     from distill.sampler import BatchSampler, CandidateSampler
     from students.dual import DualEncoder
 

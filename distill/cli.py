@@ -20,6 +20,7 @@ from distill import (
     doctor_commands,
     export_commands,
     serve_commands,
+    shard_commands,
     stopping,
     store_commands,
 )
@@ -358,6 +359,7 @@ app.command(name="export")(export_commands.export_command(_open_run))
 app.command(name="bench")(bench_commands.bench_command(_open_run))
 app.add_typer(doctor_commands.doctor_app(_open), name="doctor", help="What is installed; a closer look at a teacher.")
 app.add_typer(store_commands.app, name="store")
+app.add_typer(shard_commands.app, name="shards")
 app.add_typer(
     serve_commands.serve_app(_open),
     name="serve",

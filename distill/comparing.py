@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from distill.data.corpus import Split
     from distill.evaluate import Evaluation
     from distill.experiment import Experiment
+    from distill.recipe.experiment import SubsetRecipe
 
 log = logging.getLogger(__name__)
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
@@ -207,6 +208,11 @@ def _failed(plan: Plan) -> list[FailedCell]:
     return found
 
 
+def _part(subset: SubsetRecipe) -> str:
+    how = "at random" if subset.by == "uniform" else "the harder the likelier"
+    return f"{subset.share:.0%} of them, {subset.unit} by {subset.unit}, {how}"
+
+
 def _same(plan: Plan) -> dict[str, str]:
     """What all cells of a seed have in common."""
     x, train, mined = plan.first, plan.first.recipe.train, plan.first.recipe.mine
@@ -220,7 +226,8 @@ def _same(plan: Plan) -> dict[str, str]:
             "encode": f"{train.candidates_per_query} drawn a step",
             "memory": f"{train.candidates_per_query} drawn a step, with the vectors that they were mined by",
             "in_batch": f"batches are made of groups of {train.group} neighbours, scored among themselves",
-        }[train.candidates],
+        }[train.candidates]
+        + ("" if mined.subset is None else f"; the teacher is asked about {_part(mined.subset)}"),
         "rounds": str(len(stretches(x)) - 1),
         "initial weights": "those of the seed",
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from distill.progress import Progress
 from distill.protocols import Distant, Freezable, Ids, Inputs, fingerprint
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import torch
     from torch import Tensor
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 _NORM_TOLERANCE = 0.02  # half precision rounds a unit vector's length by up to half a percent
 _SHOWN = 5
+_KEPT_EVERY_S = 30
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
 Source = Callable[[Ids], Inputs]
 
@@ -166,15 +168,60 @@ def embed(
     Raises:
         ValueError: a vector is not finite or not of unit length; names the rows.
     """
+    with evaluating(student):
+        return _embedded(
+            _student_encoder(student, side),
+            source,
+            rows,
+            f"embedding {side}s",
+            (batch_size, device or device_of(student)),
+        )
 
+
+class Sink(Protocol):
+    """Takes vectors in any order. ``distill.shard_writer.ShardWriter`` is one."""
+
+    done: int  # calls of ``put`` that need not come again
+
+    def put(self, rows: Ids, vectors: Vectors) -> None: ...
+
+    def keep(self) -> None: ...
+
+
+def embed_into(
+    sink: Sink,
+    student: Student,
+    source: Source,
+    rows: Ids,
+    side: Side,
+    *,
+    share: slice,
+    batch_size: int = 256,
+    device: torch.device | str | None = None,
+) -> None:
+    """As ``embed``, of a share of the rows, batch after batch into ``sink``: never all of it in memory.
+
+    What is put is told to be kept every half minute; batches that were kept before are not made again.
+    """
+    encode, kept = _student_encoder(student, side), time.monotonic()
+    batching = (batch_size, device or device_of(student))
+    with evaluating(student):
+        for places, found in _batches(encode, source, rows[share], f"embedding {side}s", batching, skip=sink.done):
+            sink.put(places + share.start, found)
+            if time.monotonic() - kept > _KEPT_EVERY_S:
+                sink.keep()
+                kept = time.monotonic()
+    sink.keep()
+
+
+def _student_encoder(student: Student, side: Side) -> Callable[[Inputs], Tensor]:
     def encode(inputs: Inputs) -> Tensor:
         found = student(inputs, None).images if side == "image" else student(None, inputs).texts
         if found is None:
             raise ValueError(f"the student gave no {side} embeddings for {side} inputs")
         return found
 
-    with evaluating(student):
-        return _embedded(encode, source, rows, f"embedding {side}s", (batch_size, device or device_of(student)))
+    return encode
 
 
 def embed_with_teacher(
@@ -262,21 +309,36 @@ def _embedded(
     label: str,
     batching: tuple[int, torch.device | str | None],
 ) -> Vectors:
+    vectors: Vectors | None = None
+    for places, found in _batches(encode, source, rows, label, batching):
+        if vectors is None:
+            vectors = np.empty((len(rows), found.shape[1]), np.float32)
+        vectors[places] = found
+    return np.empty((0, 0), np.float32) if vectors is None else vectors
+
+
+def _batches(
+    encode: Callable[[Inputs], Tensor],
+    source: Source,
+    rows: Ids,
+    label: str,
+    batching: tuple[int, torch.device | str | None],
+    *,
+    skip: int = 0,
+) -> Iterator[tuple[Ids, Vectors]]:
+    """Places among the rows, and their vectors, of one batch after another; not of the first ``skip``."""
     rows = np.asarray(rows, np.int64)
     batch_size, device = batching
     lengths = getattr(source, "lengths", None)
     order = np.arange(len(rows)) if lengths is None else np.argsort(lengths(rows), kind="stable")
-    vectors: Vectors | None = None
-    prepared = prefetched(lambda at: source(rows[at]), batches_of(order, batch_size), threads=threads_of(source))
-    with Progress(len(rows), label) as progress:
+    batches = batches_of(order, batch_size)[skip:]
+    prepared = prefetched(lambda at: source(rows[at]), batches, threads=threads_of(source))
+    with Progress(sum(map(len, batches)), label) as progress:
         for places, inputs in prepared:
             found = encode(to_device(inputs, device)).float().cpu().numpy()
             _check_vectors(found, rows[places], label)
-            if vectors is None:
-                vectors = np.empty((len(rows), found.shape[1]), np.float32)
-            vectors[places] = found
+            yield places, found
             progress.advance(len(places))
-    return np.empty((0, 0), np.float32) if vectors is None else vectors
 
 
 def _check_vectors(vectors: Vectors, rows: Ids, label: str) -> None:

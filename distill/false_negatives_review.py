@@ -45,13 +45,13 @@ def review(x: Experiment, *, margin: float | None, top: int) -> tuple[list[str],
     Raises:
         FileNotFoundError: nothing has been mined yet.
     """
-    from distill.asking import scores_of
+    from distill.asking import asked_of, scores_of
     from distill.pipeline import mined_before
 
     mined = mined_before(x)
     known = scores_of(x, x.corpus.split_pairs("train"), mined)
     own = x.recipe.false_negatives.margin if margin is None else margin
-    found = find(x, mined, known, margin=own)
+    found = find(x, asked_of(x, mined), known, margin=own)
     truth = _against_truth(x.corpus, found, own)
     folder = x.folder / "false-negatives"
     page = _page(x, found, known, own=own, top=top, truth=truth)

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from distill.data.matches import Matches
-    from distill.exact import Mask, Vectors
+    from distill.exact import Mask
+    from distill.mined_vectors import SomeVectors
     from distill.protocols import Side
 
 _GROUPING = 2  # sets these draws apart from others of the same seed
@@ -87,7 +88,7 @@ def grouped(pairs: Ids, mined: Mapping[Direction, Candidates], *, group: int, co
 
 
 def dense_candidates(
-    pairs: Ids, groupings: Ids, group: int, matches: Matches, vectors: Mapping[Side, tuple[Ids, Vectors]]
+    pairs: Ids, groupings: Ids, group: int, matches: Matches, vectors: Mapping[Side, tuple[Ids, SomeVectors]]
 ) -> dict[Direction, Candidates]:
     """Candidates by group: for each query of the pairs the items, no matches of its own, that its groups hold.
 
@@ -118,8 +119,8 @@ def _listed(
     query_ids: Ids,
     queries: Ids,
     items: Ids,
-    of_queries: tuple[Ids, Vectors],
-    of_items: tuple[Ids, Vectors],
+    of_queries: tuple[Ids, SomeVectors],
+    of_items: tuple[Ids, SomeVectors],
 ) -> Candidates:
     """One row a query, hardest first, filled up with -1."""
     rows = np.searchsorted(query_ids, queries)

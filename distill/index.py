@@ -15,6 +15,7 @@ import numpy as np
 from distill import exact
 from distill.durable import sha256_of, staged_folder
 from distill.faiss_setup import bounded_threads, factory_advice, faiss_module, set_nprobe, wants_gpu
+from distill.searched import check_k, checked_queries, recall_of, some
 
 if TYPE_CHECKING:
     from distill.exact import Mask, Vectors
@@ -32,6 +33,8 @@ class VectorIndex:
 
     ``Flat`` is exact. Any other factory string proposes items approximately; their similarities are exact all the same.
     """
+
+    query_block = 1
 
     def __init__(self, index: Any, ids: Ids, *, vectors: Vectors, factory: str) -> None:
         """For :meth:`build` and :meth:`load`: ``ids`` ascend and ``vectors`` (N, D) are in their order."""
@@ -94,11 +97,11 @@ class VectorIndex:
                 raise ValueError(factory_advice(factory, vectors.shape, error)) from error
         if nprobe is not None:
             set_nprobe(faiss, index, nprobe, factory=factory)
-        return cls._placed(index, ids, vectors=vectors, factory=factory, device=device)
+        return cls.placed(index, ids, vectors=vectors, factory=factory, device=device)
 
     @classmethod
-    def _placed(cls, index: Any, ids: Ids, *, vectors: Vectors | None, factory: str, device: Device) -> VectorIndex:
-        """Where ``vectors`` is None the index itself holds them, flat."""
+    def placed(cls, index: Any, ids: Ids, *, vectors: Vectors | None, factory: str, device: Device) -> VectorIndex:
+        """Of an index of FAISS over items whose ids ascend; where ``vectors`` is None it holds them itself, flat."""
         faiss = faiss_module()
         gpu = wants_gpu(faiss, device)
         if factory == "Flat":  # share the memory of the index instead of keeping a second copy
@@ -121,14 +124,8 @@ class VectorIndex:
         Raises:
             ValueError: Another width than the index has, a non-finite query (named by row), or k out of range.
         """
-        queries = self._checked_queries(queries)
-        if k < 1 or (self.max_k is not None and k > self.max_k):
-            limit = (
-                ""
-                if self.max_k is None
-                else f" and at most {self.max_k} (FAISS's limit on a GPU; device='cpu' has none)"
-            )
-            raise ValueError(f"k is {k}; it must be at least 1{limit}")
+        queries = checked_queries(queries, self.dim)
+        check_k(k, self.max_k)
         depth = min(2 * k + 16 if self.exact else _OVERSAMPLING * k, len(self), self.max_k or len(self))
         similarity, ids = exact.empty_answer(len(queries), k)
         for part in exact.blocks(len(queries), max(1, exact.CELLS // depth)):  # FAISS is slow on few
@@ -137,13 +134,12 @@ class VectorIndex:
 
     def search_exactly(self, queries: Vectors, k: int) -> tuple[Vectors, Ids]:
         """Like :meth:`search`, by comparing every query with every item: exact for any factory string, any k."""
-        if k < 1:
-            raise ValueError(f"k is {k}; it must be at least 1")
-        return exact.search(self._checked_queries(queries), self._vectors, k, ids=self._ids)
+        check_k(k, None)
+        return exact.search(checked_queries(queries, self.dim), self._vectors, k, ids=self._ids)
 
     def similarity_to(self, queries: Vectors, item_ids: Ids) -> Vectors:
         """Inner products (B, K) of queries (B, D) with chosen items (B, K); -inf where an id is not in the index."""
-        queries, item_ids = self._checked_queries(queries), np.asarray(item_ids, np.int64)
+        queries, item_ids = checked_queries(queries, self.dim), np.asarray(item_ids, np.int64)
         return self._similarity_to_rows(queries, self._rows_of(item_ids))
 
     def contains(self, item_ids: Ids) -> Mask:
@@ -158,17 +154,7 @@ class VectorIndex:
         Raises:
             ValueError: The share is below ``floor``, or there is no query.
         """
-        if not len(queries):
-            raise ValueError("recall needs at least one sample query, got none")
-        wanted = min(k, len(self))
-        found, truth = self.search(queries, wanted)[0], self.search_exactly(queries, wanted)[0]
-        recall = float(np.mean(found >= truth[:, -1:]))
-        if recall < floor:
-            raise ValueError(
-                f"the index {self.factory!r} finds {recall:.1%} of the true {wanted} nearest items over {len(queries)} "
-                f"queries, less than the required {floor:.1%}: raise nprobe, or use factory 'Flat', which is exact"
-            )
-        return recall
+        return recall_of(self, queries, k, floor=floor)
 
     def save(self, folder: str | Path) -> None:
         """Write the index with checksums; the folder is replaced as a whole, or stays as it was."""
@@ -198,7 +184,7 @@ class VectorIndex:
         index = faiss_module().read_index(str(folder / "index.faiss"))
         ids = np.load(folder / "ids.npy", allow_pickle=False)
         stored = None if factory == "Flat" else np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False)
-        return cls._placed(index, ids, vectors=stored, factory=factory, device=device)
+        return cls.placed(index, ids, vectors=stored, factory=factory, device=device)
 
     def _search_block(self, queries: Vectors, k: int, depth: int) -> tuple[Vectors, Ids]:
         with bounded_threads(faiss_module()):
@@ -231,15 +217,6 @@ class VectorIndex:
         rows = np.minimum(np.searchsorted(self._ids, item_ids), len(self) - 1)
         return np.asarray(np.where(self._ids[rows] == item_ids, rows, -1), np.int64)
 
-    def _checked_queries(self, queries: Vectors) -> Vectors:
-        if queries.ndim != 2 or queries.shape[1] != self.dim:
-            raise ValueError(f"queries must be (B, {self.dim}) like the indexed items, got {queries.shape}")
-        queries = np.ascontiguousarray(queries, np.float32)
-        bad = np.flatnonzero(~np.isfinite(queries).all(axis=1))
-        if len(bad):
-            raise ValueError(f"{len(bad)} queries are not finite; rows {_some(bad)}")
-        return queries
-
 
 def _checked_items(vectors: Vectors, ids: Ids) -> tuple[Vectors, Ids]:
     ids = np.asarray(ids)
@@ -255,10 +232,10 @@ def _checked_items(vectors: Vectors, ids: Ids) -> tuple[Vectors, Ids]:
         raise ValueError(f"ids must not be negative, -1 means no item; the lowest is {ids[0]}")
     twice = ids[1:][ids[1:] == ids[:-1]]
     if len(twice):
-        raise ValueError(f"ids must be distinct; given more than once: {_some(np.unique(twice))}")
+        raise ValueError(f"ids must be distinct; given more than once: {some(np.unique(twice))}")
     finite = np.concatenate([np.isfinite(vectors[part]).all(axis=1) for part in exact.item_blocks(vectors)])
     if not finite.all():
-        raise ValueError(f"{int((~finite).sum())} vectors are not finite; ids {_some(ids[~finite])}")
+        raise ValueError(f"{int((~finite).sum())} vectors are not finite; ids {some(ids[~finite])}")
     return vectors, ids
 
 
@@ -277,8 +254,3 @@ def _checked_manifest(folder: Path) -> dict[str, Any]:
 
 def _lengths(vectors: Vectors) -> Vectors:
     return np.asarray(np.linalg.norm(vectors, axis=1), np.float32)
-
-
-def _some(ids: Ids, most: int = 5) -> str:
-    shown = ", ".join(str(int(one)) for one in ids[:most])
-    return f"{shown}, ..." if len(ids) > most else shown

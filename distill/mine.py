@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
     from distill.data.matches import Matches
     from distill.exact import Mask, Vectors
-    from distill.index import VectorIndex
     from distill.protocols import Direction, Ids
+    from distill.searched import Rows, Searched
 
 __all__ = ["Drop", "MineSettings", "TeacherMargin", "check_k", "filter_by_teacher", "mine"]
 
-_BLOCK = 4096  # queries mined together
+_BLOCK = 4096  # queries mined together, at least
 _CELLS = 1 << 21  # candidates looked at together, however deep the search
 
 
@@ -55,8 +55,8 @@ class MineSettings:
 
 
 def mine(
-    index: VectorIndex,
-    query_vectors: Vectors,
+    index: Searched,
+    query_vectors: Rows,
     *,
     query_ids: Ids,
     matches: Matches,
@@ -73,7 +73,7 @@ def mine(
 
     Args:
         index: The items that may become candidates: those of one split.
-        query_vectors: (B, D).
+        query_vectors: (B, D), in memory or on disk.
         query_ids: (B,) corpus rows of the queries.
         matches: Every true pair of the corpus, other captions of the same image included.
         direction: ``i2t``: queries are images and items texts; ``t2i``: the other way round.
@@ -94,7 +94,7 @@ def mine(
     check_k(settings.k, len(index), int(known.counts.max(initial=0)), skip_top=settings.skip_top)
     ids, similarity = empty(len(query_ids), settings.with_positives + settings.k)
     negatives = slice(settings.with_positives, None)
-    for part in exact.blocks(len(query_ids), _BLOCK):
+    for part in exact.blocks(len(query_ids), max(_BLOCK, index.query_block)):
         queries = _Queries(query_ids[part], query_vectors[part], int(known.counts[part].max(initial=0)))
         search = _Search(index, known.is_match, settings, drop)
         ids[part, negatives], similarity[part, negatives] = search.negatives(queries)
@@ -138,7 +138,7 @@ class _Queries:
 class _Search:
     """Searches deeper and deeper until every query of a block has its negatives."""
 
-    index: VectorIndex
+    index: Searched
     is_match: Callable[[Ids, Ids], Mask]
     settings: MineSettings
     drop: Drop | None
@@ -182,7 +182,7 @@ class _Search:
 class _Known:
     """The matches of a set of queries among the items of an index."""
 
-    def __init__(self, index: VectorIndex, matches: Matches, direction: Direction, query_ids: Ids) -> None:
+    def __init__(self, index: Searched, matches: Matches, direction: Direction, query_ids: Ids) -> None:
         offsets, items = matches.of(direction, query_ids)
         inside = index.contains(items)
         self._offsets = np.concatenate([[0], np.cumsum(inside)])[offsets]

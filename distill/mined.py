@@ -11,33 +11,31 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distill import exact
+from distill import exact, mined_vectors
 from distill.asking import labelled_match, unasked, wanted
 from distill.durable import write_atomically
 from distill.groups import GroupedSampler, dense_candidates, grouped
-from distill.protocols import DIRECTIONS, SIDES, Candidates, Direction, fingerprint, sides_of
+from distill.protocols import DIRECTIONS, SIDES, Candidates, Direction, sides_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor
-
-    from distill.exact import Vectors
     from distill.experiment import Experiment
-    from distill.features import Features
-    from distill.index import VectorIndex
-    from distill.protocols import Ids, Inputs, Side
+    from distill.mined_vectors import SomeVectors
+    from distill.protocols import Ids, Side
     from distill.ranks import Ranks
+    from distill.searched import Searched
 
 log = logging.getLogger(__name__)
 Both = dict[Direction, Candidates]
+_AT_ONCE = 1 << 14  # vectors looked up together
 _SAMPLED = 512  # queries that an approximate index is tried with
 
 
@@ -65,6 +63,10 @@ class Round:
     def vectors(self, side: Side) -> Path:
         """Folder of the vectors that items were found by."""
         return self.home / f"vectors-{self.number}-{side}"
+
+    def shards(self, side: Side) -> Path:
+        """Folder of a side's vectors while they are mined, where they are not held in memory."""
+        return self.home / f"shards-{self.number}-{side}"
 
 
 # --- what is kept -----------------------------------------------------------------------------------------------------
@@ -97,24 +99,6 @@ def groups(x: Experiment, of: Round) -> GroupedSampler:
     return GroupedSampler(x.corpus.split_pairs("train"), groupings, train.group, train.batch_size, x.recipe.seed)
 
 
-def memory(x: Experiment, of: Round) -> dict[Side, RememberedVectors]:
-    """Vectors of the training items by the student that mined a round."""
-    from distill.features import Features
-
-    return {side: RememberedVectors(Features.open(of.vectors(side), _mark(x, of, side))) for side in SIDES}
-
-
-@dataclass(frozen=True)
-class RememberedVectors:
-    """Vectors of corpus rows from disk. Pickles as a path."""
-
-    features: Features
-
-    def __call__(self, rows: Ids) -> Tensor:
-        """(N, D) unit."""
-        return self.features.get(rows)["vectors"]
-
-
 # --- mining a round ---------------------------------------------------------------------------------------------------
 
 
@@ -135,17 +119,18 @@ def candidates(x: Experiment, of: Round, *, student: Any, before: Round | None =
     if found is None:
         with x.timings.stage("mine"):
             found = _mined_anew(x, of, student, before)
+    x.ranks.work_alone(lambda: mined_vectors.forget_shards(of))
     return found
 
 
 def _mined_anew(x: Experiment, of: Round, student: Any, before: Round | None) -> Both:
-    rows = x.corpus.split("train").ids
-    vectors = {side: x.embed(student, side, rows[side]) for side in SIDES}
+    vectors = mined_vectors.embedded(x, of, student)
     if x.recipe.train.candidates == "memory":
-        x.ranks.work_alone(lambda: _remember(x, of, vectors))
+        x.ranks.work_alone(lambda: mined_vectors.remember(x, of, vectors))
     fresh, noted = _mine(x, vectors)
-    for direction, those in fresh.items():
-        noted |= _hardness(x, those, direction, vectors)
+    fresh = {direction: _with_labelled(x, those, vectors) for direction, those in fresh.items()}
+    for those in fresh.values():
+        noted |= _hardness(those)
     stay = False
     if before is not None:
         earlier = kept(before, "near") or kept(before) or {}
@@ -183,30 +168,36 @@ def fresh_share(old: Candidates, new: Candidates) -> float:
     return float(1 - known.mean()) if known.size else 0.0
 
 
-def _hardness(
-    x: Experiment, found: Candidates, direction: Direction, vectors: Mapping[Side, Vectors]
-) -> dict[str, float]:
-    """How hard candidates are to the student that mined them, see ``candidates``."""
+def _with_labelled(x: Experiment, found: Candidates, vectors: Mapping[Side, SomeVectors]) -> Candidates:
+    """With the similarity of each query's labelled match."""
     rows = x.corpus.split("train").ids
-    query, item = sides_of(direction)
-    match = labelled_match(x.corpus.split_pairs("train"), direction, found.query_ids)
-    asking = vectors[query][np.searchsorted(rows[query], found.query_ids)]
-    own = exact.similarity_rows(asking, vectors[item][np.searchsorted(rows[item], match)][:, None])  # (B, 1)
+    query, item = sides_of(found.direction)
+    match = labelled_match(x.corpus.split_pairs("train"), found.direction, found.query_ids)
+    own = np.empty(len(found.query_ids), np.float32)
+    for part in exact.blocks(len(own), _AT_ONCE):
+        asking = vectors[query][np.searchsorted(rows[query], found.query_ids[part])]
+        matching = vectors[item][np.searchsorted(rows[item], match[part])]
+        own[part] = exact.similarity_rows(asking, matching[:, None])[:, 0]
+    return replace(found, labelled=own)
+
+
+def _hardness(found: Candidates) -> dict[str, float]:
+    """How hard candidates are to the student that mined them, see ``candidates``."""
     there = found.item_ids >= 0
-    if not there.any():
+    if not there.any() or found.labelled is None:
         return {}
     return {
-        f"candidates/above_match/{direction}": float((found.similarity > own)[there].mean()),
-        f"candidates/similarity/{direction}": float(found.similarity[there].mean()),
+        f"candidates/above_match/{found.direction}": float((found.similarity > found.labelled[:, None])[there].mean()),
+        f"candidates/similarity/{found.direction}": float(found.similarity[there].mean()),
     }
 
 
-def _saved(x: Experiment, of: Round, fresh: Both, vectors: Mapping[Side, Vectors]) -> int:
+def _saved(x: Experiment, of: Round, fresh: Both, vectors: Mapping[Side, SomeVectors]) -> int:
     """Distinct pairs that the teacher would have to be asked for, were the fresh candidates trained on."""
     if not any(arm.reads_scores for arm in x.recipe.arms.values()):
         return 0
     trained_on = _grouped(x, of, fresh, vectors)[1] if x.recipe.train.candidates == "in_batch" else fresh
-    return unasked(x, *wanted(x.corpus.split_pairs("train"), trained_on))[0]
+    return unasked(x, *wanted(x, x.corpus.split_pairs("train"), trained_on))[0]
 
 
 def _carry_on(before: Round, of: Round) -> None:
@@ -219,12 +210,13 @@ def _carry_on(before: Round, of: Round) -> None:
             _keep(of, found, kind)
 
 
-def _grouped(x: Experiment, of: Round, found: Both, vectors: Mapping[Side, Vectors]) -> tuple[Ids, Both]:
+def _grouped(x: Experiment, of: Round, found: Both, vectors: Mapping[Side, SomeVectors]) -> tuple[Ids, Both]:
     """The training pairs in groups of neighbours, and the candidates that the groups hold."""
     train, pairs, rows = x.recipe.train, x.corpus.split_pairs("train"), x.corpus.split("train").ids
     groupings = grouped(pairs, found, group=train.group, count=train.groupings, seed=[x.recipe.seed, of.number])
     known = {side: (rows[side], vectors[side]) for side in SIDES}
-    return groupings, dense_candidates(pairs, groupings, train.group, x.corpus.matches, known)
+    dense = dense_candidates(pairs, groupings, train.group, x.corpus.matches, known)
+    return groupings, {direction: _with_labelled(x, those, vectors) for direction, those in dense.items()}
 
 
 def _keep_groups(x: Experiment, of: Round, found: Both, groupings: Ids, dense: Both) -> None:
@@ -245,28 +237,9 @@ def _keep_groups(x: Experiment, of: Round, found: Both, groupings: Ids, dense: B
     x.ranks.work_alone(keep)
 
 
-def _remember(x: Experiment, of: Round, vectors: Mapping[Side, Vectors]) -> None:
-    import torch
-
-    from distill.features import write_features
-
-    for side, rows in x.corpus.split("train").ids.items():
-        whole = vectors[side]
-
-        def of_rows(wanted: Ids, rows: Ids = rows, whole: Vectors = whole) -> Inputs:
-            return {"vectors": torch.from_numpy(whole[np.searchsorted(rows, wanted)])}
-
-        write_features(of.vectors(side), _mark(x, of, side), rows, of_rows)
-
-
-def _mark(x: Experiment, of: Round, side: Side) -> str:
-    return fingerprint("remembered", x.corpus.fingerprint, x.recipe.seed, of.number, side)
-
-
-def _mine(x: Experiment, vectors: Mapping[Side, Vectors]) -> tuple[Both, dict[str, float]]:
+def _mine(x: Experiment, vectors: Mapping[Side, SomeVectors]) -> tuple[Both, dict[str, float]]:
     """Candidates of both directions, and of an index that is not exact what part of the true ones it finds."""
     from distill.filters import TeacherMargin
-    from distill.index import VectorIndex
     from distill.mine import MineSettings, mine
 
     split, recipe = x.corpus.split("train"), x.recipe.mine
@@ -275,7 +248,7 @@ def _mine(x: Experiment, vectors: Mapping[Side, Vectors]) -> tuple[Both, dict[st
     noted: dict[str, float] = {}
     for direction in DIRECTIONS:
         query, item = sides_of(direction)
-        index = VectorIndex.build(vectors[item], ids[item], factory=recipe.factory, nprobe=recipe.nprobe)
+        index = mined_vectors.index_over(x, vectors[item], ids[item])
         if not index.exact:
             noted[f"candidates/index_recall/{direction}"] = _checked_recall(x, index, vectors[query], direction)
         margin, queries = recipe.drop_above_positive, len(ids[query])
@@ -283,7 +256,7 @@ def _mine(x: Experiment, vectors: Mapping[Side, Vectors]) -> tuple[Both, dict[st
         share = x.ranks.share(queries) if margin is None else slice(None)
         own = mine(
             index,
-            vectors[query][share],
+            mined_vectors.Part(vectors[query], share),
             query_ids=ids[query][share],
             matches=x.corpus.matches,
             direction=direction,
@@ -294,7 +267,7 @@ def _mine(x: Experiment, vectors: Mapping[Side, Vectors]) -> tuple[Both, dict[st
     return found, noted
 
 
-def _checked_recall(x: Experiment, index: VectorIndex, queries: Vectors, direction: Direction) -> float:
+def _checked_recall(x: Experiment, index: Searched, queries: SomeVectors, direction: Direction) -> float:
     """Of an approximate index, over a sample of the queries; it is refused under the recipe's floor.
 
     Raises:
@@ -327,11 +300,17 @@ def _keep(of: Round, found: Mapping[Direction, Candidates], kind: str = "candida
 
 
 def _save(found: Candidates, file: Any) -> None:
-    np.savez(
-        file, query_ids=found.query_ids, item_ids=found.item_ids, similarity=found.similarity, positive=found.positive
-    )
+    arrays = {name: getattr(found, name) for name in ("query_ids", "item_ids", "similarity", "positive", "labelled")}
+    np.savez(file, **{name: array for name, array in arrays.items() if array is not None})
 
 
 def _load(path: Path, direction: Direction) -> Candidates:
     with np.load(path, allow_pickle=False) as arrays:
-        return Candidates(direction, arrays["query_ids"], arrays["item_ids"], arrays["similarity"], arrays["positive"])
+        return Candidates(
+            direction,
+            arrays["query_ids"],
+            arrays["item_ids"],
+            arrays["similarity"],
+            arrays["positive"],
+            arrays.get("labelled"),  # absent in runs of older versions
+        )

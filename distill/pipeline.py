@@ -14,8 +14,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill import ahead, mined
-from distill.asking import note_what_is_asked, pair_maps, scores_of, unasked, wanted, warn_of_odd_scores
+from distill import ahead, mined, mined_vectors
+from distill.asking import (
+    asked_cells,
+    asked_of,
+    note_what_is_asked,
+    pair_maps,
+    scores_of,
+    unasked,
+    wanted,
+    warn_of_odd_scores,
+)
 from distill.batches import Batches, PairScores
 from distill.durable import staged_folder
 from distill.groups import GroupedSampler
@@ -224,7 +233,7 @@ def mine_ahead(x: Experiment, name: str, number: int) -> None:
         found = _candidates(x, arm, number, folder, x.fresh_student(), None)
         if arm.reads_scores:
             pairs = x.corpus.split_pairs("train")
-            mined.note(of, {"teacher/asked_ahead": unasked(x, *wanted(pairs, found))[0]})
+            mined.note(of, {"teacher/asked_ahead": unasked(x, *wanted(x, pairs, found))[0]})
             scores_of(x, pairs, found)
 
 
@@ -272,17 +281,17 @@ def _phase(
     from distill.extras import TOWERS
     from distill.train import Phase
 
-    found, of = found or {}, _round(x, stretch.number, folder)
+    found, of = dict(found or {}), _round(x, stretch.number, folder)
     if found and x.ranks.first and (values := mined.about(of)):
         note_round(folder / "metrics.jsonl", step=stretch.start, number=stretch.number, values=values)
     pairs = x.corpus.split_pairs("train")
     known = revision = None
     if scores:
         note_what_is_asked(x, pairs, found, stretch, folder / "metrics.jsonl")
-        known = scores_of(x, pairs, found)
-        warn_of_odd_scores(pairs, known, found, losses)
-        revision = revision_of(x, found, known, stretch, metrics=folder / "metrics.jsonl")
-    per_query, seed = x.recipe.train.candidates_per_query, x.recipe.seed
+        known, asked = scores_of(x, pairs, found), asked_of(x, found)
+        warn_of_odd_scores(pairs, known, asked, losses)
+        revision = revision_of(x, asked, known, stretch, metrics=folder / "metrics.jsonl")
+    seed = x.recipe.seed
     wants_maps = "student_attention" in losses.needs
     towers = x.towers if losses.needs & TOWERS else ()
     kind = x.recipe.train.candidates if found else None
@@ -295,11 +304,11 @@ def _phase(
         x.source(student, "text", tokens=wants_maps),
         x.corpus.matches,
         known,
-        () if kind == "in_batch" else tuple(CandidateSampler(those, per_query, seed) for those in found.values()),
+        () if kind == "in_batch" else _samplers(x, found, recipe_of_losses, scores=scores),
         pair_maps(x, pairs) if wants_maps else None,
         towers,
         revision,
-        memory=mined.memory(x, of) if kind == "memory" else {},
+        memory=mined_vectors.memory(x, of) if kind == "memory" else {},
     )
     meaning = fingerprint(
         x.corpus.fingerprint,
@@ -314,6 +323,21 @@ def _phase(
         *((sampler.groupings,) if isinstance(sampler, GroupedSampler) else ()),
     )
     return Phase(stretch.start, stretch.stop, batches, losses, meaning, *_of_training(towers, recipe_of_losses))
+
+
+def _samplers(x: Experiment, found: mined.Both, parts: Sequence[Any], *, scores: bool) -> tuple[CandidateSampler, ...]:
+    """What draws a step's candidates. Those that the teacher is not asked about come last.
+
+    Where no loss reads candidates without a score they do not come at all: they would be encoded for nothing.
+    """
+    per_query, seed = x.recipe.train.candidates_per_query, x.recipe.seed
+    later: Mapping[Direction, Any] = {}
+    if scores and x.recipe.mine.subset is not None:
+        if any("all" in (getattr(part, "negatives", None), getattr(part, "columns", None)) for part in parts):
+            later = {direction: ~asked for direction, asked in asked_cells(x, found).items()}
+        else:
+            found = asked_of(x, found)
+    return tuple(CandidateSampler(those, per_query, seed, later.get(direction)) for direction, those in found.items())
 
 
 def _of_training(towers: Sequence[TowerVectors], parts: Sequence[Any]) -> tuple[int, MomentumSettings | None]:

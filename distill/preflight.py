@@ -42,6 +42,7 @@ def check(x: Experiment) -> None:
     """
     _check_trackers(x)
     _check_sizes(x)
+    _check_subset(x)
     _check_losses(x)
     check_means(x)
     reads_vectors = any(part.reads_vectors for part in x.recipe.shared_losses)
@@ -97,6 +98,15 @@ def _check_sizes(x: Experiment) -> None:
                 check_k(x.recipe.mine.k, len(items), most, skip_top=x.recipe.mine.skip_top)
             except ValueError as error:
                 raise PreflightError(f"mine.k ({direction}): {error}") from None
+
+
+def _check_subset(x: Experiment) -> None:
+    """Not in the schema: ``distill compare`` gives a recipe its arms after it was read."""
+    if x.recipe.mine.subset is not None and not any(arm.reads_scores for arm in x.recipe.arms.values()):
+        raise PreflightError(
+            "mine.subset says which part of the candidates the teacher is asked about, but no arm has a loss that "
+            "reads its scores: add one, or leave it out"
+        )
 
 
 def _check_losses(x: Experiment) -> None:
@@ -288,11 +298,12 @@ def _note_or_compare_teacher(x: Experiment) -> None:
 def _check_same(old: Any, new: Any, path: Path) -> None:
     before, after = _flat(old), _flat(new)
     arms = set(old.get("arms", {}))
+    free = {*_FREE, "mine.shard_items"} if after.get("mine.factory") == "Flat" else _FREE  # exact in shards, too
     differing = [
         key
         for key in sorted(set(before) | set(after))
         if before.get(key) != after.get(key)
-        and not any(key == free or key.startswith(f"{free}.") for free in _FREE)
+        and not any(key == one or key.startswith(f"{one}.") for one in free)
         and not (key.startswith("arms.") and key.split(".")[1] not in arms)  # a new arm joins the others
     ]
     if differing:

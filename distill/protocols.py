@@ -231,6 +231,8 @@ class Candidates:
     item_ids: Ids  # (B, K); -1 = fewer than K were found
     similarity: np.ndarray[Any, np.dtype[np.float32]]  # (B, K) by the student that mined; -inf where item_ids is -1
     positive: np.ndarray[Any, np.dtype[np.bool_]]  # (B, K)
+    # (B,) similarity of each query's labelled match by the same student; None = not kept
+    labelled: np.ndarray[Any, np.dtype[np.float32]] | None = None
 
     def __post_init__(self) -> None:
         shape = self.item_ids.shape
@@ -241,6 +243,8 @@ class Candidates:
             )
         if self.query_ids.shape != shape[:1]:
             raise ValueError(f"query_ids must be ({shape[0]},), got {self.query_ids.shape}")
+        if self.labelled is not None and self.labelled.shape != shape[:1]:
+            raise ValueError(f"labelled must be ({shape[0]},), got {self.labelled.shape}")
 
     def first(self, k: int) -> Candidates:
         """The first ``k`` of each query."""

@@ -65,6 +65,7 @@ class CandidateSampler:
     candidates: Candidates
     per_query: int
     seed: int
+    later: np.ndarray[Any, np.dtype[np.bool_]] | None = None  # (B, K) drawn only where a query has no others left
 
     def __post_init__(self) -> None:
         if np.any(np.diff(self.candidates.query_ids) <= 0):
@@ -82,6 +83,8 @@ class CandidateSampler:
         items = self.candidates.item_ids[rows]  # (Q, K)
         # one key a cell, so that a query's draw does not depend on which other queries share its batch
         keys = hash_uniform((self.seed, step), query_ids, items.shape[1])
+        if self.later is not None:
+            keys[self.later[rows]] += 1.0
         keys[items < 0] = 2.0  # missing candidates come last
         chosen = np.argsort(keys, axis=1, kind="stable")[:, : self.per_query]
         return np.take_along_axis(items, chosen, axis=1)

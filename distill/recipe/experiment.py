@@ -24,10 +24,30 @@ from distill.recipe.schema import (
 )
 
 
+class SubsetRecipe(Strict):
+    """Which part of a round's candidate pairs the teacher is asked about; the labelled pairs it is always asked."""
+
+    share: Annotated[float, Field(gt=0, le=1)] = Field(
+        description="part of each direction's candidates; a pair that either direction draws is asked for both"
+    )
+    by: Literal["uniform", "hardness"] = Field(
+        default="uniform",
+        description="uniform: all with the same probability; hardness: the more probable, the nearer the student puts "
+        "a candidate to the labelled match, or above it",
+    )
+    unit: Literal["pair", "query"] = Field(
+        default="pair", description="pair: candidates one by one; query: all of a query's or none, for losses on lists"
+    )
+    floor: Annotated[float, Field(gt=0, le=1)] = Field(default=0.2, description="least probability, as a part of share")
+    seed: Natural = Field(default=0, description="of the draw; not the run's, so that runs of other seeds share scores")
+
+
 class MineRecipe(Grown):
     """Which items count as a query's hard candidates, and when they are mined anew."""
 
-    later: ClassVar[frozenset[str]] = frozenset({"every_epochs", "overlap_below", "recall_floor", "ahead"})
+    later: ClassVar[frozenset[str]] = frozenset(
+        {"every_epochs", "overlap_below", "recall_floor", "ahead", "subset", "shard_items"}
+    )
 
     k: Count = Field(default=16, description="candidates a query that the teacher scores, in each direction")
     skip_top: Natural = Field(default=0, description="leave out the n most similar non-matches: likely false negatives")
@@ -51,6 +71,14 @@ class MineRecipe(Grown):
         default=0,
         description="a second process mines and scores for the next round while training goes on, by the student as it "
         "is this many steps before its round ends; 0 = when the round has ended, in the same process",
+    )
+    shard_items: Count | None = Field(
+        default=None,
+        description="vectors are written to disk while they are made, in shards of so many, and searched one shard at "
+        "a time: the same candidates in the memory of one shard; null = all vectors and their index in memory",
+    )
+    subset: SubsetRecipe | None = Field(
+        default=None, description="ask the teacher about a part of the candidates; null = about all"
     )
 
 
@@ -295,6 +323,15 @@ class Recipe(Grown):
             raise ValueError(
                 f"mine.{keys[0]} says when candidates are mined anew, but no arm has a loss that reads candidates (one "
                 "on the teacher's scores, or contrastive with negatives: all): add one, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_part_can_be_asked(self) -> Recipe:
+        if self.mine.subset is not None and self.mine.drop_above_positive is not None:
+            raise ValueError(
+                "mine.drop_above_positive asks the teacher about every candidate while mining, mine.subset about a "
+                "part of them: leave one out; false_negatives treats what is found among the part"
             )
         return self
 
