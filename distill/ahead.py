@@ -7,7 +7,6 @@ what a training comes to does not depend on it. Where the second process fails, 
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from distill.checkpoint import save_weights
+from distill.cores import without_launcher
 from distill.durable import exclusively, staged_folder, write_atomically
 from distill.mined import kept
 from distill.recipe.load import dump
@@ -64,7 +64,7 @@ def preparing(x: Experiment, of: Round, *, arm: str) -> Iterator[None]:
     write_atomically(recipe, lambda file: file.write(dump(plain).encode()))
     command = [sys.executable, "-m", "distill", "mine", str(recipe), "--ahead", f"{arm}:{of.number}"]
     with said.open("ab") as file:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=_without_launcher())
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=without_launcher())
     log.info("round %d: a second process mines it while training goes on; it says the rest to %s", of.number, said)
     try:
         yield
@@ -78,9 +78,3 @@ def preparing(x: Experiment, of: Round, *, arm: str) -> Iterator[None]:
         log.warning("round %d: what mined it ended with exit code %d, see %s; it is mined here", of.number, code, said)
     else:
         recipe.unlink(missing_ok=True)
-
-
-def _without_launcher() -> dict[str, str]:
-    """The environment for a process that joins no others."""
-    joins = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    return {name: value for name, value in os.environ.items() if name not in joins}

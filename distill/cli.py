@@ -18,6 +18,7 @@ from distill import (
     compact_commands,
     compare_commands,
     doctor_commands,
+    driver_commands,
     export_commands,
     serve_commands,
     shard_commands,
@@ -110,17 +111,6 @@ def mine(
         for direction, found in first_candidates(x).items():
             there = int((found.item_ids >= 0).sum())
             typer.echo(f"{direction}: {there} candidates for {len(found.query_ids)} queries")
-
-
-@app.command()
-def score(recipe: RecipeName, overrides: Overrides = []) -> None:  # noqa: B006
-    """Ask the teacher for the scores of the first round's candidates; what the store has is not asked again."""
-    from distill.pipeline import first_scores
-
-    x = _begin(recipe, overrides, resume=True, arms=[])
-    with _timed(x):
-        known = first_scores(x)
-        typer.echo(f"{len(known.keys)} pairs scored by {x.scorer.score_kind}; store: {x.scorer.where}")
 
 
 @app.command()
@@ -266,12 +256,13 @@ def _end(code: int) -> NoReturn:
 
 def _open(name: str, overrides: list[str], *, profile: str = "") -> Experiment:
     """The experiment of a recipe, nothing made yet."""
+    from distill.quiet import quieten_libraries
     from distill.recipe.load import load_recipe
     from distill.timings import Timings
 
     timings = Timings()
     with timings.stage("start"):
-        _quieten_libraries()
+        quieten_libraries()
         x = _experiment(load_recipe(name, overrides), timings)
         if profile:
             from distill.profiling import Profiler, Window
@@ -344,15 +335,10 @@ def _timed(x: Experiment) -> Iterator[None]:
         show_time(x.folder, name=x.recipe.name)
 
 
-def _quieten_libraries() -> None:
-    """Progress bars and notices of loading libraries would drown our own."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers fork after the tokenizer was used
-    from transformers.utils import logging as notices
-
-    notices.set_verbosity_error()
-    notices.disable_progress_bar()
-
-
+_driving = driver_commands.Opening(_begin, _open, _timed)
+app.command(name="score")(driver_commands.score_command(_driving))
+app.command(name="embed")(driver_commands.embed_command(_driving))
+app.command(name="work")(driver_commands.work)
 app.command(name="compare")(compare_commands.compare_command(compare_commands.Opening(_open, _experiment)))
 app.command(name="compact")(compact_commands.compact_command(_open_run))
 app.command(name="export")(export_commands.export_command(_open_run))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 import numpy as np
 
 from distill.features import Features, write_features
+from distill.frozen import FrozenTower, frozen_place
 from distill.inference import batches_of, device_of, evaluating, prefetched, threads_of, to_device
 from distill.progress import Progress
 from distill.protocols import Distant, Freezable, Ids, Inputs, fingerprint
@@ -140,11 +141,11 @@ def item_source(
     live = live_source(corpus, side, model)
     rows = np.arange(corpus.n_images if side == "image" else corpus.n_texts, dtype=np.int64)
     folder = Path(cache_dir) / "features"
-    if isinstance(model, Freezable) and (identity := model.frozen_identity(side)) is not None:
-        mark = fingerprint("frozen", side, identity, corpus.fingerprint, dtype)
-        folder, frozen = folder / f"frozen-{side}s-{mark}", _Frozen(model, side)
+    if (place := frozen_place(corpus, side, model, cache_dir, dtype=dtype)) is not None:
+        assert isinstance(model, Freezable)
+        frozen = FrozenTower(model, side)
         with evaluating(model):
-            return write_features(folder, mark, rows, live, batch_size=batch_size, dtype=dtype, after=frozen)
+            return write_features(*place, rows, live, batch_size=batch_size, dtype=dtype, after=frozen)
     if not isinstance(model, PreparesAlike) or not _fits(live, rows, prepared_budget_bytes):
         _LOG.info("%ss are prepared anew each time they are needed", side)
         return live
@@ -160,6 +161,7 @@ def embed(
     *,
     batch_size: int = 256,
     device: torch.device | str | None = None,
+    show: bool | None = None,
 ) -> Vectors:
     """Unit vectors (N, D) of the rows by a student, in their order. ``device`` defaults to the student's.
 
@@ -174,7 +176,7 @@ def embed(
             source,
             rows,
             f"embedding {side}s",
-            (batch_size, device or device_of(student)),
+            _Batching(batch_size, device or device_of(student), show),
         )
 
 
@@ -204,7 +206,7 @@ def embed_into(
     What is put is told to be kept every half minute; batches that were kept before are not made again.
     """
     encode, kept = _student_encoder(student, side), time.monotonic()
-    batching = (batch_size, device or device_of(student))
+    batching = _Batching(batch_size, device or device_of(student), None)
     with evaluating(student):
         for places, found in _batches(encode, source, rows[share], f"embedding {side}s", batching, skip=sink.done):
             sink.put(places + share.start, found)
@@ -232,6 +234,7 @@ def embed_with_teacher(
     *,
     batch_size: int = 64,
     device: torch.device | str | None = None,
+    show: bool | None = None,
 ) -> Vectors:
     """Unit vectors (N, D) of the teacher's own contrastive head, as ``embed``.
 
@@ -244,7 +247,8 @@ def embed_with_teacher(
     """
     with evaluating(teacher):
         encode = teacher_encoder(teacher, side)
-        return _embedded(encode, source, rows, f"teacher: {side}s", (batch_size, device or device_of(teacher)))
+        how = _Batching(batch_size, device or device_of(teacher), show)
+        return _embedded(encode, source, rows, f"teacher: {side}s", how)
 
 
 def write_teacher_vectors(
@@ -302,12 +306,21 @@ def teacher_encoder(teacher: Teacher, side: Side) -> Callable[[Inputs], Tensor]:
     return encode
 
 
+@dataclass(frozen=True)
+class _Batching:
+    """Items a call, where, and whether progress is shown."""
+
+    size: int
+    device: torch.device | str | None
+    show: bool | None
+
+
 def _embedded(
     encode: Callable[[Inputs], Tensor],
     source: Source,
     rows: Ids,
     label: str,
-    batching: tuple[int, torch.device | str | None],
+    batching: _Batching,
 ) -> Vectors:
     vectors: Vectors | None = None
     for places, found in _batches(encode, source, rows, label, batching):
@@ -322,20 +335,19 @@ def _batches(
     source: Source,
     rows: Ids,
     label: str,
-    batching: tuple[int, torch.device | str | None],
+    batching: _Batching,
     *,
     skip: int = 0,
 ) -> Iterator[tuple[Ids, Vectors]]:
     """Places among the rows, and their vectors, of one batch after another; not of the first ``skip``."""
     rows = np.asarray(rows, np.int64)
-    batch_size, device = batching
     lengths = getattr(source, "lengths", None)
     order = np.arange(len(rows)) if lengths is None else np.argsort(lengths(rows), kind="stable")
-    batches = batches_of(order, batch_size)[skip:]
+    batches = batches_of(order, batching.size)[skip:]
     prepared = prefetched(lambda at: source(rows[at]), batches, threads=threads_of(source))
-    with Progress(sum(map(len, batches)), label) as progress:
+    with Progress(sum(map(len, batches)), label, show=batching.show) as progress:
         for places, inputs in prepared:
-            found = encode(to_device(inputs, device)).float().cpu().numpy()
+            found = encode(to_device(inputs, batching.device)).float().cpu().numpy()
             _check_vectors(found, rows[places], label)
             yield places, found
             progress.advance(len(places))
@@ -362,14 +374,3 @@ def _fits(live: LiveSource, rows: Ids, budget_bytes: int) -> bool:
         return False
     inputs = live(rows[:1])
     return sum(tensor.numel() * tensor.element_size() for tensor in inputs.values()) * len(rows) <= budget_bytes
-
-
-@dataclass(frozen=True)
-class _Frozen:
-    """A model's frozen tower as a function of prepared inputs."""
-
-    model: Freezable
-    side: Side
-
-    def __call__(self, inputs: Inputs) -> Inputs:
-        return self.model.freeze(self.side, to_device(inputs, device_of(self.model)))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from distill.losses.combine import Weighted
     from distill.profiling import Profiler
     from distill.ranks import Ranks
-    from distill.scorer import Scorer, TeacherScorer
+    from distill.scorer import Elsewhere, Scorer, TeacherScorer
     from distill.store import ScoreStore
     from distill.teach import TeachSettings
     from distill.towers import TowerVectors
@@ -88,6 +88,7 @@ class Experiment:
         self.recipe, self.builders, self._taught = recipe, builders, taught
         self.folder, self.cache = recipe.folder, recipe.cache
         self.timings = timings or Timings()
+        self.elsewhere: Elsewhere | None = None  # what scores in place of this process, where that was asked for
         self.profiler: Profiler | None = None  # what looks into its trainings, where that was asked for
 
     @cached_property
@@ -175,7 +176,7 @@ class Experiment:
         from distill.ensemble import Ensemble, Member
 
         parts = self.builders.ensemble()
-        members = [Member(name, partial(self._loaded, load), self.ranks) for name, load in parts.members.items()]
+        members = [Member(name, partial(self._loaded, name, load), self.ranks) for name, load in parts.members.items()]
         return Ensemble(members, parts.settings, self.corpus)
 
     @cached_property
@@ -192,8 +193,21 @@ class Experiment:
         with self.timings.stage("embed"):
             return write_towers(self.cache / "vectors", scorer, split.ids, self.corpus)
 
-    def _loaded(self, load: Callable[[Corpus], Any]) -> TeacherScorer:
-        return self._scorer_of(self._frozen(load(self.corpus)))
+    def scorer_named(self, member: str) -> TeacherScorer:
+        """The scorer of one model: a member of the ensemble by its name, or with no name the one teacher.
+
+        Raises:
+            ExperimentError: the recipe's teacher has no such member.
+        """
+        members = self.builders.ensemble().members if self.builders.ensemble is not None else {}
+        if member in members:
+            return self._loaded(member, members[member])
+        if member or members:
+            raise ExperimentError(f"the teacher has no member {member!r}; it has {', '.join(members) or 'none'}")
+        return self._scorer_of(self.teacher)
+
+    def _loaded(self, name: str, load: Callable[[Corpus], Any]) -> TeacherScorer:
+        return self._scorer_of(self._frozen(load(self.corpus)), name)
 
     def _frozen(self, teacher: Any) -> Any:
         """The teacher on the device, its weights and identity fixed."""
@@ -205,7 +219,7 @@ class Experiment:
             teacher.fix_identity()
         return teacher
 
-    def _scorer_of(self, teacher: Any) -> TeacherScorer:
+    def _scorer_of(self, teacher: Any, member: str = "") -> TeacherScorer:
         """A teacher beside the store of its scores, shared by all runs with this teacher and corpus."""
         from distill.score import ScoreOptions
         from distill.scorer import TeacherScorer
@@ -228,6 +242,8 @@ class Experiment:
             self.accelerator.device,
             self.ranks,
             self.timings,
+            self.elsewhere,
+            member,
         )
 
     def fresh_student(self) -> Any:

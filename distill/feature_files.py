@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from distill.durable import size_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
     from typing import BinaryIO
 
@@ -91,13 +92,10 @@ class FeatureWriter:
         """All rows are there: headers, offsets, rows, and last the manifest."""
         for mask, lengths in self._lengths.items():
             self._save(f"{mask}.offsets", np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64))
-        self._save("rows", self._rows)
         for column in self._columns.values():
             column.finish()
-        infos = {name: {**asdict(info), "fill": self._fill(name)} for name, info in self._infos.items()}
-        sizes = {path.name: path.stat().st_size for path in sorted(self._folder.glob("*.npy"))}
-        about = {"version": 1, "identity": identity, "rows": len(self._rows), "arrays": infos, "sizes": sizes}
-        (self._folder / MANIFEST).write_text(json.dumps(about, indent=1))
+        infos = {name: replace(info, fill=self._fill(name)) for name, info in self._infos.items()}
+        write_manifest(self._folder, identity, self._rows, infos)
 
     def close(self) -> None:
         """Close the files, finished or not."""
@@ -167,6 +165,15 @@ class FeatureWriter:
 
     def _save(self, name: str, array: Array) -> None:
         np.save(self._folder / f"{name}.npy", array, allow_pickle=False)
+
+
+def write_manifest(folder: Path, identity: str, rows: Ids, infos: Mapping[str, ArrayInfo]) -> None:
+    """Of a folder whose other arrays are all there: ``rows.npy``, and last the manifest."""
+    np.save(folder / "rows.npy", rows, allow_pickle=False)
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.npy"))}
+    arrays = {name: asdict(info) for name, info in infos.items()}
+    about = {"version": 1, "identity": identity, "rows": len(rows), "arrays": arrays, "sizes": sizes}
+    (folder / MANIFEST).write_text(json.dumps(about, indent=1))
 
 
 def _numpy(tensor: Tensor) -> Array:

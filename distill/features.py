@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distill.durable import exclusively, staged_folder, sweep_temporaries
-from distill.feature_files import MANIFEST, ArrayInfo, FeatureWriter
+from distill.feature_files import MANIFEST, ArrayInfo, FeatureWriter, write_manifest
 from distill.inference import batches_of, prefetched, threads_of
 from distill.progress import Progress
 
@@ -197,6 +197,38 @@ def write_features(
                 writer.add(batch, inputs if after is None else after(inputs))
                 progress.advance(len(batch))
             writer.finish(identity)
+    return Features(folder, identity)
+
+
+def write_rows(folder: Path, identity: str, rows: Ids, parts: Iterable[tuple[Ids, Array]], *, name: str) -> Features:
+    """Write one array, whose rows come in parts and in any order; one part at a time is in memory.
+
+    Args:
+        folder: Complete or not there at any moment; what is there is replaced.
+        identity: Fingerprint of all that the array depends on, except ``rows``.
+        rows: Rows to cover, ascending.
+        parts: Rows (n,) and their values (n, ...), of one dtype; together all rows, each once.
+        name: Of the array.
+
+    Raises:
+        ValueError: rows are missing or come twice.
+    """
+    with staged_folder(folder) as staging:
+        whole: Array | None = None
+        written = np.zeros(len(rows), np.bool_)
+        for some, values in parts:
+            if whole is None:
+                shape = (len(rows), *values.shape[1:])
+                whole = np.lib.format.open_memmap(staging / f"{name}.npy", "w+", values.dtype, shape)
+            places = np.searchsorted(rows, some)
+            if written[places].any() or not np.array_equal(rows[places], some):
+                raise ValueError(f"rows for {folder} come twice, or are none of those wanted")
+            whole[places], written[places] = values, True
+        if whole is None or not written.all():
+            raise ValueError(f"{int((~written).sum())} of {len(rows)} rows for {folder} are missing")
+        whole.flush()  # type: ignore[attr-defined]
+        write_manifest(staging, identity, rows, {name: ArrayInfo(whole.dtype.str, whole.dtype.name, whole.shape[1:])})
+        del whole
     return Features(folder, identity)
 
 

@@ -8,17 +8,19 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from distill import stopping
-from distill.inference import batches_of, bytes_of, device_of, evaluating, joined, prefetched, threads_of, to_device
+from distill.inference import bytes_of, device_of, evaluating, prefetched, threads_of, to_device
 from distill.progress import Progress
 from distill.protocols import Distant
+from distill.textmemory import TextMemory
+from distill.work import Work, work_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
     from numpy.typing import ArrayLike
@@ -38,8 +40,8 @@ class ScoreOptions:
     ``pairs_per_unit`` is what a kill can lose; ``pairs_per_chunk`` go to one teacher call and are halved when the
     device runs out of memory, as ``images_per_batch`` are. ``image_memory_bytes`` bounds what is kept of the images
     encoded together: a large teacher's keys and values take tens of megabytes an image. ``text_memory_bytes`` bounds
-    what is kept of all texts together; above it they are encoded again for each unit. ``shard`` = (index, count): only
-    every count-th image. ``device`` defaults to the teacher's.
+    what is kept of all texts together; above it they are encoded again for each unit. ``device`` defaults to the
+    teacher's.
     """
 
     pairs_per_unit: int = 4096
@@ -48,7 +50,6 @@ class ScoreOptions:
     texts_per_batch: int = 256
     image_memory_bytes: int = 1 << 30
     text_memory_bytes: int = 1 << 30
-    shard: tuple[int, int] = (0, 1)
     device: torch.device | str | None = None
     show_progress: bool | None = None
 
@@ -56,9 +57,6 @@ class ScoreOptions:
         for name in ("pairs_per_unit", "pairs_per_chunk", "images_per_batch", "texts_per_batch", "image_memory_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        index, count = self.shard
-        if not 0 <= index < count:
-            raise ValueError(f"shard is (index, count) with 0 <= index < count, got {self.shard}")
 
 
 @dataclass(frozen=True)
@@ -97,38 +95,70 @@ def score_pairs(
         torch.OutOfMemoryError: when a single pair of a single image does not fit.
     """
     options = options or ScoreOptions()
-    if options.device is None:
-        options = replace(options, device=device_of(teacher))
-    if isinstance(teacher, Distant):  # a call is as long as its requests take to overlap, and keeps no memories here
-        many = teacher.images_at_once
-        options = replace(options, images_per_batch=many, pairs_per_chunk=max(options.pairs_per_chunk, 64 * many))
-    _check_same_teacher(teacher, store)
-    store.refresh()
+    check_same_teacher(teacher, store)
     started = time.monotonic()
-    images, texts = _distinct(store, image_ids, text_ids, options.shard)
-    missing = store.missing(images, texts)
-    # Cut before leaving out what is there: a score's last digits depend on what it is computed beside, and so a run
-    # that was killed computes its unfinished units as it would have.
-    units = _missing_units(_unit_cuts(images, options.pairs_per_unit), missing)
-    every_text = np.unique(texts)
-    images, served, texts = images[missing], int((~missing).sum()), texts[missing]
-    if len(images):
-        run = _Run(teacher, text_source, options)
-        with (
-            evaluating(teacher),
-            Progress(len(images), _label(served, len(images)), unit="pairs", show=options.show_progress) as progress,
-        ):
-            run.prepare_texts(every_text, needed=np.unique(texts))
-            scored = run.score(images, texts, units, image_source)
+    work = work_of(store, image_ids, text_ids, options.pairs_per_unit)
+    scoring = Scoring(teacher, store, work, image_source=image_source, text_source=text_source, options=options)
+    return scoring.report(range(len(work.units)), kept, started=started)
+
+
+class Scoring:
+    """A teacher at work on units, some at a time; what it holds of texts stays for the next."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        store: ScoreStore,
+        work: Work,
+        *,
+        image_source: Callable[[Ids], Inputs],
+        text_source: Callable[[Ids], Inputs],
+        options: ScoreOptions,
+    ) -> None:
+        """The store is the teacher's (``check_same_teacher``) and the work was cut for it."""
+        if options.device is None:
+            options = replace(options, device=device_of(teacher))
+        if isinstance(teacher, Distant):  # calls as long as their requests take to overlap; no memories are kept here
+            many = teacher.images_at_once
+            options = replace(options, images_per_batch=many, pairs_per_chunk=max(options.pairs_per_chunk, 64 * many))
+        self._teacher, self._store, self._work, self._options = teacher, store, work, options
+        self._run = _Run(teacher, text_source, options, work.every_text)
+        self._image_source = image_source
+
+    def do(self, numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Score these units and write each into the store; yields (number, pairs) of each once its file is there.
+
+        A signal that comes meanwhile is heeded after each unit.
+
+        Raises:
+            NonFiniteScoresError: naming the pairs; their unit is not kept, earlier ones are.
+        """
+        work = self._work
+        units = [work.units[number] for number in numbers]
+        with evaluating(self._teacher):
+            self._run.hold_texts(work.texts, units)
+            scored = self._run.score(work.images, work.texts, units, self._image_source)
             with stopping.finishing():
-                for unit, scores in zip(units, scored, strict=True):
-                    store.write_unit(images[unit], texts[unit], scores)
-                    progress.advance(len(scores))
-                    kept(len(scores))
+                for number, unit, scores in zip(numbers, units, scored, strict=True):
+                    self._store.write_unit(work.images[unit], work.texts[unit], scores)
+                    yield number, len(scores)
                     stopping.heed()
-    report = ScoreReport(len(images), served, time.monotonic() - started)
-    _LOG.info("teacher: %d pairs asked, %d served from the store", report.asked, report.served_from_store)
-    return report
+
+    def report(self, numbers: Sequence[int], kept: Callable[[int], object], *, started: float) -> ScoreReport:
+        """As ``do`` with progress shown; ``kept`` is told of each unit's pairs. ``started``: on the monotonic clock."""
+        asked, served = sum(_length(self._work.units[number]) for number in numbers), self._work.served
+        if asked:
+            with Progress(asked, _label(served, asked), unit="pairs", show=self._options.show_progress) as progress:
+                for _, pairs in self.do(numbers):
+                    progress.advance(pairs)
+                    kept(pairs)
+        report = ScoreReport(asked, served, time.monotonic() - started)
+        _LOG.info("teacher: %d pairs asked, %d served from the store", report.asked, report.served_from_store)
+        return report
+
+
+def _length(unit: slice) -> int:
+    return int(unit.stop - unit.start)
 
 
 def _label(served: int, asked: int) -> str:
@@ -144,46 +174,14 @@ def teacher_scores(store: ScoreStore, image_ids: ArrayLike, text_ids: ArrayLike)
     return store.require(image_ids, text_ids)
 
 
-def _check_same_teacher(teacher: Teacher, store: ScoreStore) -> None:
+def check_same_teacher(teacher: Teacher, store: ScoreStore) -> None:
+    """Raises ValueError where the store is of another teacher."""
     found, wanted = (teacher.identity, teacher.score_kind), (store.origin.teacher_identity, store.origin.score_kind)
     if found != wanted:
         raise ValueError(
             f"the teacher is {found[0]} ({found[1]}) but the store was made with {wanted[0]} ({wanted[1]}); scores of "
             f"different teachers are never mixed: open a store for this one"
         )
-
-
-def _distinct(store: ScoreStore, image_ids: ArrayLike, text_ids: ArrayLike, shard: tuple[int, int]) -> tuple[Ids, Ids]:
-    """Distinct pairs of this shard, by image, then text."""
-    images, texts = (np.asarray(ids, np.int64).reshape(-1) for ids in (image_ids, text_ids))
-    if len(images) != len(texts):
-        raise ValueError(f"a pair is one image and one text; got {len(images)} images and {len(texts)} texts")
-    n_images, n_texts = store.origin.n_images, store.origin.n_texts
-    for name, ids, end in (("image", images, n_images), ("text", texts, n_texts)):
-        if len(ids) and ids.max() >= end:
-            raise ValueError(f"{name} id {ids.max()} is outside the corpus, which has {end} {name}s")
-    there = (images >= 0) & (texts >= 0) & (images % shard[1] == shard[0])
-    first, second = np.divmod(np.unique(images[there] * n_texts + texts[there]), n_texts)
-    return first, second
-
-
-def _unit_cuts(images: Ids, pairs_per_unit: int) -> list[tuple[int, int]]:
-    """Even slices of pairs sorted by image, moved to where an image ends if that is near."""
-    n_units = -(-len(images) // pairs_per_unit)
-    ideal = np.linspace(0, len(images), n_units + 1).round().astype(np.int64)
-    borders = np.concatenate([[0], np.flatnonzero(np.diff(images)) + 1, [len(images)]])
-    after = np.minimum(np.searchsorted(borders, ideal), len(borders) - 1)
-    before = np.maximum(after - 1, 0)
-    nearest = np.where(borders[after] - ideal <= ideal - borders[before], borders[after], borders[before])
-    cuts = np.unique(np.where(np.abs(nearest - ideal) <= pairs_per_unit // 4, nearest, ideal)).tolist()
-    return list(zip(cuts[:-1], cuts[1:], strict=True))
-
-
-def _missing_units(cuts: list[tuple[int, int]], missing: np.ndarray[Any, np.dtype[np.bool_]]) -> list[slice]:
-    """The units as slices of the missing pairs alone; those with none are left out."""
-    before = np.concatenate([[0], np.cumsum(missing)])
-    units = [slice(int(before[start]), int(before[stop])) for start, stop in cuts]
-    return [unit for unit in units if unit.start < unit.stop]
 
 
 class _Pieces:
@@ -218,32 +216,19 @@ class _Pieces:
 
 
 class _Run:
-    """One call's teacher, its text memory and the sizes that out-of-memory errors have left."""
+    """A teacher, its text memory and the sizes that out-of-memory errors have left."""
 
-    def __init__(self, teacher: Teacher, text_source: Callable[[Ids], Inputs], options: ScoreOptions) -> None:
-        self._teacher, self._text_source, self._options = teacher, text_source, options
+    def __init__(
+        self, teacher: Teacher, text_source: Callable[[Ids], Inputs], options: ScoreOptions, every_text: Ids
+    ) -> None:
+        self._teacher, self._options = teacher, options
         self._images = _Pieces(options.images_per_batch, "images")
         self._pairs = _Pieces(options.pairs_per_chunk, "pairs")
-        self._texts: tuple[Ids, Memory] | None = None  # ids ascending and their memory: all of the run, or none
+        self._texts = TextMemory(teacher, text_source, options, every_text)
 
-    def prepare_texts(self, text_ids: Ids, *, needed: Ids) -> None:
-        """Encode the needed texts now, with what shares their batches, if their memory fits the budget.
-
-        Both ascending. Batches are cut over all of ``text_ids``, so that a text is always encoded beside the same ones.
-        """
-        memories: list[Mapping[str, Tensor]] = []
-        batches = [
-            batch for batch in batches_of(text_ids, self._options.texts_per_batch) if np.isin(batch, needed).any()
-        ]
-        text_ids = np.concatenate(batches)
-        for memory in self._encoded_texts(batches):
-            memories.append(memory)
-            so_far = sum(bytes_of(part) for part in memories)
-            seen = min(len(text_ids), len(memories) * self._options.texts_per_batch)
-            if so_far / seen * len(text_ids) > self._options.text_memory_bytes:
-                _LOG.info("the memory of %d texts is beyond the budget; texts are encoded unit by unit", len(text_ids))
-                return
-        self._texts = (text_ids, joined(memories))
+    def hold_texts(self, texts: Ids, units: list[slice]) -> None:
+        """Encode the texts of these units that are not held yet, where all texts fit the budget."""
+        self._texts.hold([np.unique(texts[unit]) for unit in units])
 
     def score(
         self, images: Ids, texts: Ids, units: list[slice], image_source: Callable[[Ids], Inputs]
@@ -254,16 +239,15 @@ class _Run:
         blocks = [(n, block) for n, unit in enumerate(units) for block in self._blocks(images, unit)]
         last = {n: block for n, block in blocks}
         done: list[Tensor] = []
-        text_ids, memory = self._texts or (texts[:0], {})
+        memory, rows = self._texts.held
         prepared = prefetched(
             lambda job: image_source(np.unique(images[job[1]])), blocks, threads=threads_of(image_source)
         )
         for (n, block), inputs in prepared:
-            if self._texts is None and not done:
-                text_ids = np.unique(texts[units[n]])
-                memory = joined(list(self._encoded_texts(batches_of(text_ids, self._options.texts_per_batch))))
+            if memory is None or (self._texts.beyond and not done):
+                memory, rows = self._texts.encoded(np.unique(texts[units[n]]))
             image_rows = np.unique(images[block], return_inverse=True)[1]
-            done += self._score_block(inputs, memory, image_rows, np.searchsorted(text_ids, texts[block]))
+            done += self._score_block(inputs, memory, image_rows, rows(texts[block]))
             if block is last[n]:
                 yield torch.cat(done).float().cpu().numpy()
                 done = []
@@ -273,10 +257,6 @@ class _Run:
         starts = np.flatnonzero(np.diff(images[unit], prepend=-1))[:: self._options.images_per_batch] + unit.start
         for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), unit.stop], strict=True):
             yield slice(start, stop)
-
-    def _encoded_texts(self, batches: list[Ids]) -> Iterator[Memory]:
-        for _, inputs in prefetched(self._text_source, batches):
-            yield self._teacher.encode_texts(to_device(inputs, self._options.device))
 
     def _score_block(self, inputs: Inputs, texts: Memory, image_rows: Ids, text_rows: Ids) -> list[Tensor]:
         """Scores of pairs ascending in ``image_rows``, which index the images of ``inputs``."""

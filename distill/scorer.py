@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
@@ -19,10 +20,12 @@ if TYPE_CHECKING:
     from distill.features import Features
     from distill.protocols import Ids, Inputs, ScoreKind, Side
     from distill.ranks import Ranks
-    from distill.score import ScoreOptions
+    from distill.score import ScoreOptions, ScoreReport, Scoring
     from distill.store import ScoreStore
+    from distill.work import Work
 
 Scores: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
+Elsewhere: TypeAlias = "Callable[[TeacherScorer, Ids, Ids], ScoreReport]"
 Vectors: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 
 
@@ -81,6 +84,8 @@ class TeacherScorer:
     device: torch.device
     ranks: Ranks  # each asks for its share of the pairs
     timings: Timings = field(default_factory=Timings)  # told of pairs asked, and served from the store
+    elsewhere: Elsewhere | None = None  # computes what the store lacks, in place of this process
+    member: str = ""  # name among teacher.members; empty where the teacher is one model
 
     @property
     def identity(self) -> str:
@@ -99,27 +104,41 @@ class TeacherScorer:
 
     def ask(self, image_ids: Ids, text_ids: Ids) -> Scores:
         """Scores (P,); only what the store lacks is computed."""
-        from distill.score import score_pairs
-
-        self.ranks.wait()  # nobody asks while another still counts what is there
-        report = score_pairs(
-            self.teacher,
-            self.store,
-            image_ids,
-            text_ids,
-            image_source=self.source("image"),
-            text_source=self.source("text"),
-            options=replace(self.options, shard=(self.ranks.index, self.ranks.count)),
-            kept=lambda pairs: self.timings.count(asked=pairs),
-        )
+        ask = self._ask_here if self.elsewhere is None else partial(self.elsewhere, self)
+        report = ask(image_ids, text_ids)
         reports = self.ranks.told_by_all(report)
         self.timings.count(
             asked=sum(each.asked for each in reports) - report.asked,  # the others'
             served=sum(each.served_from_store for each in reports),
         )
-        if self.ranks.count > 1:  # the others' units are news to this store
+        if self.ranks.count > 1 or self.elsewhere is not None:  # the others' units are news to this store
             self.store.refresh()
         return self.store.require(image_ids, text_ids)
+
+    def _ask_here(self, image_ids: Ids, text_ids: Ids) -> ScoreReport:
+        """This process's units: every so manyth of those that are missing."""
+        from distill.work import work_of
+
+        started = time.monotonic()
+        self.ranks.wait()  # nobody asks while another still counts what is there
+        work = work_of(self.store, image_ids, text_ids, self.options.pairs_per_unit)
+        self.ranks.wait()
+        own = range(self.ranks.index, len(work.units), self.ranks.count)
+        return self.scoring(work).report(own, lambda pairs: self.timings.count(asked=pairs), started=started)
+
+    def scoring(self, work: Work) -> Scoring:
+        """The teacher at work on units that were cut for its store."""
+        from distill.score import Scoring, check_same_teacher
+
+        check_same_teacher(self.teacher, self.store)
+        return Scoring(
+            self.teacher,
+            self.store,
+            work,
+            image_source=self.source("image"),
+            text_source=self.source("text"),
+            options=self.options,
+        )
 
     def lookup(self, image_ids: Ids, text_ids: Ids) -> Scores:
         """Scores that the store holds by now, whoever has put them there."""

@@ -1,26 +1,22 @@
 """One finished work unit of teacher scores: an immutable Parquet file that proves its origin and its content.
 
 Row per image: ``image_id`` int64, ``text_ids`` list<int64>, ``logits`` list<float32>. The footer holds schema version,
-origin, counts, software versions, a checksum of ids and scores, and a digest of the whole file in which the digest's
-own place holds zeros: no flipped byte goes unseen, and none reaches the Parquet reader.
+origin, counts, software versions, a checksum of ids and scores, and a digest of the whole file (see ``sealed``).
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import os
 import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from distill.durable import write_atomically
 from distill.protocols import fingerprint
+from distill.sealed import SealError, seal, unseal
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,10 +26,6 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 _UNIT_NAME = re.compile(r"unit-([0-9a-f]{32})\.parquet")
-_DIGEST_PLACE = b"0" * 64
-_DIGEST_KEY = b"file_sha256\x18\x40"  # Thrift's compact framing: a string (0x18) of 64 (0x40) bytes follows the key
-_MAGIC = b"PAR1"
-_SOFTWARE = ("cross2dual", "numpy", "pyarrow", "torch", "transformers")
 
 
 class BadUnitError(ValueError):
@@ -104,7 +96,6 @@ def write_unit(folder: Path, origin: Origin, keys: Ids, scores: Scores) -> Path:
     """Write the unit of the pairs with ascending distinct keys (P,) and finite scores (P,); returns its path."""
     name = unit_id(origin, keys)
     content = _parquet(origin, name, keys, scores)
-    content = _replaced_last(content, _DIGEST_PLACE, hashlib.sha256(content).hexdigest().encode())
     path = unit_path(folder, name)
     write_atomically(path, lambda file: file.write(content))
     return path
@@ -119,8 +110,10 @@ def read_unit(path: Path, origin: Origin) -> Unit:
     with open(path, "rb") as file:
         status = os.fstat(file.fileno())
         content = file.read()
-    _check_digest(path, content)
-    footer, columns = _decoded(path, content)
+    try:
+        footer, columns = unseal(content, ("image_id", "text_ids", "logits"))
+    except SealError as error:
+        raise _refused(path, str(error)) from error
     _check_footer(path, footer, origin)
     images, texts, logits = columns
     rows, ids, scores = images.to_numpy(), texts.values.to_numpy(), logits.values.to_numpy()
@@ -156,7 +149,6 @@ def read_origin(path: Path) -> Origin:
 
 def _parquet(origin: Origin, name: str, keys: Ids, scores: Scores) -> bytes:
     import pyarrow
-    import pyarrow.parquet
 
     images, texts = np.divmod(keys, origin.n_texts)
     rows, starts = np.unique(images, return_index=True)
@@ -175,44 +167,8 @@ def _parquet(origin: Origin, name: str, keys: Ids, scores: Scores) -> bytes:
         "images": str(len(rows)),
         "pairs": str(len(keys)),
         "checksum": fingerprint(keys, scores),
-        "software": json.dumps(_software(), sort_keys=True),
-        "file_sha256": _DIGEST_PLACE.decode(),
     }
-    buffer = io.BytesIO()
-    # Without the Arrow schema, a second copy of what the Parquet schema says that no reader needs.
-    with pyarrow.parquet.ParquetWriter(
-        buffer, table.schema, compression="zstd", use_dictionary=False, store_schema=False
-    ) as writer:
-        writer.write_table(table)
-        writer.add_key_value_metadata(footer)
-    return buffer.getvalue()
-
-
-def _check_digest(path: Path, content: bytes) -> None:
-    """Before anything is parsed: whoever flips a byte does not get to choose what a parser makes of it."""
-    at = content.rfind(_DIGEST_KEY) + len(_DIGEST_KEY)
-    if content[:4] != _MAGIC or content[-4:] != _MAGIC or at < len(_DIGEST_KEY):
-        raise _refused(path, "is torn or no unit at all")
-    view, end = memoryview(content), at + len(_DIGEST_PLACE)
-    digest = hashlib.sha256(view[:at])
-    digest.update(_DIGEST_PLACE)
-    digest.update(view[end:])
-    if digest.hexdigest().encode() != content[at:end]:
-        raise _refused(path, "does not match the digest in its footer: a byte has changed")
-
-
-def _decoded(path: Path, content: bytes) -> tuple[dict[str, str], list[Any]]:
-    """Footer, and the three columns."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        parquet = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content))
-        footer = {key.decode(): value.decode() for key, value in (parquet.metadata.metadata or {}).items()}
-        table = parquet.read(use_threads=False)
-        return footer, [table[name].combine_chunks() for name in ("image_id", "text_ids", "logits")]
-    except (pyarrow.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
-        raise _refused(path, f"is torn or no unit at all ({type(error).__name__})") from error
+    return seal(table, footer)
 
 
 def _check_footer(path: Path, footer: dict[str, str], origin: Origin) -> None:
@@ -224,12 +180,6 @@ def _check_footer(path: Path, footer: dict[str, str], origin: Origin) -> None:
         raise _refused(path, f"holds unit {footer.get('unit')!r}, which is not what its name says")
 
 
-def _replaced_last(content: bytes, old: bytes, new: bytes) -> bytes:
-    """The last occurrence only: the footer comes after the data, which may hold any bytes."""
-    at = content.rindex(old)
-    return content[:at] + new + content[at + len(old) :]
-
-
 def _refused(path: Path, fault: str) -> BadUnitError:
     error = BadUnitError(
         f"score unit {path} {fault}. Nothing of it is used. Move it aside with "
@@ -237,16 +187,3 @@ def _refused(path: Path, fault: str) -> BadUnitError:
     )
     error.fault = fault
     return error
-
-
-@cache
-def _software() -> dict[str, Any]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for package in _SOFTWARE:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # run from a checkout, or not needed here
-            continue
-    return found

@@ -78,6 +78,8 @@ def test_help_names_every_command() -> None:
         "data",
         "mine",
         "score",
+        "embed",
+        "work",
         "train",
         "evaluate",
         "search",

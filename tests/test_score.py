@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from distill.embed import live_source
 from distill.inference import joined
-from distill.score import ScoreOptions, _unit_cuts, score_pairs, teacher_scores
+from distill.score import ScoreOptions, Scoring, score_pairs, teacher_scores
 from distill.store import MissingScoresError, NonFiniteScoresError, ScoreStore
+from distill.work import unit_cuts, work_of
 from tests.toys import ToyTeacher, expected_scores, toy_caption, toy_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -207,22 +208,33 @@ def test_faulty_ids_are_refused(tmp_path, images, captions, match):
         run(teacher, make(tmp_path, teacher), images, captions)
 
 
-@pytest.mark.parametrize("options", [{"pairs_per_unit": 0}, {"images_per_batch": -1}, {"shard": (2, 2)}])
+@pytest.mark.parametrize("options", [{"pairs_per_unit": 0}, {"images_per_batch": -1}])
 def test_faulty_options_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         ScoreOptions(**options)
 
 
-def test_shards_partition_the_pairs_and_no_image_is_encoded_by_two(tmp_path):
+@pytest.mark.parametrize("text_memory_bytes", [1 << 20, 0])
+def test_shares_of_the_units_are_the_units_of_one_process_and_no_pair_is_asked_by_two(tmp_path, text_memory_bytes):
     images, captions = some_pairs(700)
+    options = ScoreOptions(pairs_per_unit=60, text_memory_bytes=text_memory_bytes, texts_per_batch=7)
+    whole = make(tmp_path / "whole", ToyTeacher())
+    score_pairs(ToyTeacher(), whole, images, captions, image_source=Images(), text_source=texts, options=options)
     teachers = [ToyTeacher() for _ in range(3)]
+    store = make(tmp_path / "shared", teachers[0])
+    work = work_of(store, images, captions, 60)
     for index, teacher in enumerate(teachers):
-        run(teacher, make(tmp_path, teacher), images, captions, shard=(index, 3))
+        scoring = Scoring(teacher, store, work, image_source=Images(), text_source=texts, options=options)
+        own = range(index, len(work.units), 3)
+        for some in (own[:2], own[2:]):  # a process may get its units in several goes
+            assert [number for number, _ in scoring.do(some)] == list(some)
+        if text_memory_bytes:
+            assert len(teacher.texts) == len(set(teacher.texts)), "a text was encoded again"
     asked = [pair for teacher in teachers for pair in teacher.pairs]
     assert sorted(asked) == sorted(zip(images.tolist(), captions.tolist(), strict=True))
-    assert len({image for teacher in teachers for image in set(teacher.images)}) == sum(
-        len(set(teacher.images)) for teacher in teachers
-    )
+    one, other = ({path.name: path.read_bytes() for path in s.folder.glob("unit-*")} for s in (whole, store))
+    assert len(one) == 12
+    assert one == other
 
 
 def test_units_are_the_same_files_whatever_the_order_of_asking(tmp_path):
@@ -242,7 +254,7 @@ def test_units_are_the_same_files_whatever_the_order_of_asking(tmp_path):
 @given(counts=st.lists(st.integers(1, 30), min_size=1, max_size=60), per_unit=st.integers(1, 50))
 def test_unit_cuts_are_even_and_prefer_image_borders(counts, per_unit):
     images = np.repeat(np.arange(len(counts)), counts)
-    cuts = _unit_cuts(images, per_unit)
+    cuts = unit_cuts(images, per_unit)
     assert cuts[0][0] == 0
     assert cuts[-1][1] == len(images)
     assert all(end == start for (_, end), (start, _) in zip(cuts[:-1], cuts[1:], strict=True))
@@ -253,7 +265,7 @@ def test_unit_cuts_are_even_and_prefer_image_borders(counts, per_unit):
 
 def test_unit_cuts_fall_between_images_when_images_are_alike():
     images = np.repeat(np.arange(50), 8)
-    assert all(start % 8 == 0 for start, _ in _unit_cuts(images, 100))
+    assert all(start % 8 == 0 for start, _ in unit_cuts(images, 100))
 
 
 def test_joined_pads_ragged_memories_and_refuses_what_has_no_mask():
