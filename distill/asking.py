@@ -57,10 +57,11 @@ def wanted(x: Experiment, pairs: Any, mined: Mapping[Direction, Candidates]) -> 
 
     These are the labelled pairs, which every loss compares with, and the candidates of ``asked_of``.
     """
-    return _all_of(pairs, asked_of(x, mined))
+    return pairs_of_all(pairs, asked_of(x, mined))
 
 
-def _all_of(pairs: Any, mined: Mapping[Direction, Candidates]) -> tuple[Ids, Ids]:
+def pairs_of_all(pairs: Any, mined: Mapping[Direction, Candidates]) -> tuple[Ids, Ids]:
+    """Image ids and text ids of the labelled pairs and of every candidate; a pair may come more than once."""
     of_candidates = [found.pairs() for found in mined.values()]
     images = [pairs[:, 0], *(image_ids for image_ids, _ in of_candidates)]
     texts = [pairs[:, 1], *(text_ids for _, text_ids in of_candidates)]
@@ -83,7 +84,7 @@ def note_what_is_asked(
     if x.ranks.first:
         line = {"teacher/asked": asked, "teacher/served_from_store": distinct - asked}
         if x.recipe.mine.subset is not None:
-            line["teacher/left_out"] = _distinct(x, *_all_of(pairs, mined)) - distinct
+            line["teacher/left_out"] = _distinct(x, *pairs_of_all(pairs, mined)) - distinct
         note_round(metrics, step=stretch.start, number=stretch.number, values=line)
 
 

@@ -20,6 +20,7 @@ from distill import (
     doctor_commands,
     driver_commands,
     export_commands,
+    plan_commands,
     serve_commands,
     shard_commands,
     stopping,
@@ -342,6 +343,7 @@ app.command(name="work")(driver_commands.work)
 app.command(name="compare")(compare_commands.compare_command(compare_commands.Opening(_open, _experiment)))
 app.command(name="compact")(compact_commands.compact_command(_open_run))
 app.command(name="export")(export_commands.export_command(_open_run))
+app.command(name="plan")(plan_commands.plan_command(_open))
 app.command(name="bench")(bench_commands.bench_command(_open_run))
 app.add_typer(doctor_commands.doctor_app(_open), name="doctor", help="What is installed; a closer look at a teacher.")
 app.add_typer(store_commands.app, name="store")

@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
 
 import numpy as np
 
 from distill.features import Features, write_features
-from distill.frozen import FrozenTower, frozen_place
-from distill.inference import batches_of, device_of, evaluating, prefetched, threads_of, to_device
+from distill.frozen import FrozenTower, frozen_mark
+from distill.inference import batches_of, bytes_of, device_of, evaluating, prefetched, threads_of, to_device
 from distill.progress import Progress
 from distill.protocols import Distant, Freezable, Ids, Inputs, fingerprint
 
@@ -138,19 +138,36 @@ def item_source(
     """
     if isinstance(model, Distant):
         return DistantSource(corpus, side, model)
-    live = live_source(corpus, side, model)
     rows = np.arange(corpus.n_images if side == "image" else corpus.n_texts, dtype=np.int64)
-    folder = Path(cache_dir) / "features"
-    if (place := frozen_place(corpus, side, model, cache_dir, dtype=dtype)) is not None:
-        assert isinstance(model, Freezable)
-        frozen = FrozenTower(model, side)
-        with evaluating(model):
-            return write_features(*place, rows, live, batch_size=batch_size, dtype=dtype, after=frozen)
-    if not isinstance(model, PreparesAlike) or not _fits(live, rows, prepared_budget_bytes):
+    kept = keeping(corpus, side, model, items=len(rows), prepared_budget_bytes=prepared_budget_bytes, dtype=dtype)
+    live = live_source(corpus, side, model)
+    if kept.kind == "live":
         _LOG.info("%ss are prepared anew each time they are needed", side)
         return live
-    mark = fingerprint("prepared", side, model.prepare_identity(side), corpus.fingerprint)
-    return write_features(folder / f"prepared-{side}s-{mark}", mark, rows, live, batch_size=batch_size)
+    folder = Path(cache_dir) / "features" / f"{kept.kind}-{side}s-{kept.mark}"
+    with evaluating(model):
+        return write_features(folder, kept.mark, rows, live, batch_size=batch_size, dtype=kept.dtype, after=kept.after)
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """How a side's items are kept for a model: as outputs of its frozen tower, as prepared inputs, or not at all."""
+
+    kind: Literal["frozen", "prepared", "live"]
+    mark: str = ""  # fingerprint of what is kept
+    after: Callable[[Inputs], Inputs] | None = None  # makes frozen outputs of prepared inputs
+    dtype: str | None = None
+
+
+def keeping(
+    corpus: Corpus, side: Side, model: Preparing, *, items: int, prepared_budget_bytes: int, dtype: str | None = None
+) -> Keeping:
+    """How ``items`` of this side are kept for a model, see ``item_source``; one item is prepared to see how large."""
+    if isinstance(model, Freezable) and (mark := frozen_mark(corpus, side, model, dtype=dtype)) is not None:
+        return Keeping("frozen", mark, FrozenTower(model, side), dtype)
+    if isinstance(model, PreparesAlike) and _fits(live_source(corpus, side, model), items, prepared_budget_bytes):
+        return Keeping("prepared", fingerprint("prepared", side, model.prepare_identity(side), corpus.fingerprint))
+    return Keeping("live")
 
 
 def embed(
@@ -368,9 +385,6 @@ def _check_vectors(vectors: Vectors, rows: Ids, label: str) -> None:
         )
 
 
-def _fits(live: LiveSource, rows: Ids, budget_bytes: int) -> bool:
-    """Whether the prepared inputs of all rows would fit, judged by the first item."""
-    if not len(rows):
-        return False
-    inputs = live(rows[:1])
-    return sum(tensor.numel() * tensor.element_size() for tensor in inputs.values()) * len(rows) <= budget_bytes
+def _fits(live: LiveSource, items: int, budget_bytes: int) -> bool:
+    """Whether the prepared inputs of so many items would fit, judged by the first one."""
+    return bool(items) and bytes_of(live(np.zeros(1, np.int64))) * items <= budget_bytes

@@ -14,13 +14,20 @@ if TYPE_CHECKING:
     from distill.protocols import Inputs, Side
 
 
+def frozen_mark(corpus: Corpus, side: Side, model: object, *, dtype: str | None = None) -> str | None:
+    """Identity of a frozen tower's outputs; None where the side's tower is not frozen."""
+    if not isinstance(model, Freezable) or (identity := model.frozen_identity(side)) is None:
+        return None
+    return fingerprint("frozen", side, identity, corpus.fingerprint, dtype)
+
+
 def frozen_place(
     corpus: Corpus, side: Side, model: object, cache_dir: str | Path, *, dtype: str | None = None
 ) -> tuple[Path, str] | None:
     """Folder and identity of a frozen tower's outputs, there or not; None where the side's tower is not frozen."""
-    if not isinstance(model, Freezable) or (identity := model.frozen_identity(side)) is None:
+    mark = frozen_mark(corpus, side, model, dtype=dtype)
+    if mark is None:
         return None
-    mark = fingerprint("frozen", side, identity, corpus.fingerprint, dtype)
     return Path(cache_dir) / "features" / f"frozen-{side}s-{mark}", mark
 
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from distill.experiment import Experiment
     from distill.losses.combine import Weighted
-    from distill.recipe.experiment import ArmRecipe
+    from distill.recipe.experiment import ArmRecipe, MineRecipe, TrainRecipe
     from distill.recipe.schema import TeachRecipe
     from distill.slow_copy import MomentumSettings
     from distill.towers import TowerVectors
@@ -120,12 +120,16 @@ class Stretch:
 
 def stretches(x: Experiment) -> list[Stretch]:
     """The shared steps, then the rounds: so many, evenly cut, or a new one every so many epochs."""
-    train, every = x.recipe.train, x.recipe.mine.every_epochs
+    return cut_into_rounds(x.recipe.train, x.recipe.mine, len(x.corpus.split_pairs("train")))
+
+
+def cut_into_rounds(train: TrainRecipe, mine: MineRecipe, pairs: int) -> list[Stretch]:
+    """As ``stretches``, of a training split with so many labelled pairs."""
     shared = round(train.shared * train.steps)
-    if every is None:
+    if mine.every_epochs is None:
         cuts = [shared + round((train.steps - shared) * part / train.rounds) for part in range(train.rounds + 1)]
     else:
-        length = max(1, round(every * len(x.corpus.split_pairs("train")) / train.batch_size))
+        length = max(1, round(mine.every_epochs * pairs / train.batch_size))
         begun = list(range(shared, train.steps, length)) or [shared]
         if len(begun) > 1 and train.steps - begun[-1] < length / 2:  # too short to be worth mining for
             begun.pop()

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Sized
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -15,11 +16,23 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _QUICK_S = 1.0  # a phase that ends sooner says nothing where lines are plain
+_hushed = 0  # blocks of ``hushed`` that are open
 
 
 def is_main_process() -> bool:
     """Whether this process is rank 0, or the only one, by the environment that launchers set."""
     return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Phases in here say nothing unless they are told to: those of a measurement, of which there are dozens."""
+    global _hushed  # noqa: PLW0603  (as a flag for all that is called in here)
+    _hushed += 1
+    try:
+        yield
+    finally:
+        _hushed -= 1
 
 
 def track(
@@ -56,7 +69,7 @@ class Progress:
         self._total, self._description, self._unit = total, description, unit
         self._stream = stream if stream is not None else sys.stderr
         self._every_s, self._clock = every_s, clock
-        self._show = is_main_process() if show is None else show
+        self._show = (is_main_process() and not _hushed) if show is None else show
         self._started = self._last_line = clock()
         self._bar: Any = None
 

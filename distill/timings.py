@@ -18,7 +18,7 @@ import sys
 import time
 import uuid
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from distill import stopping
@@ -39,12 +39,16 @@ _EVERY_S = 60.0
 class Timings:
     """The clock of one session. Stages are opened in the main thread; what they cost is two looks at the clock each."""
 
-    def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock, self._session = clock, uuid.uuid4().hex[:12]
+    def __init__(
+        self, *, clock: Callable[[], float] = time.perf_counter, cpu_clock: Callable[[], float] = time.process_time
+    ) -> None:
+        self._clock, self._cpu_clock, self._session = clock, cpu_clock, uuid.uuid4().hex[:12]
         self._path: Path | None = None  # of the lines; None where none are kept
         self._open: list[str] = []  # paths of the stages in hand, the outermost first
         self._until = self._written = clock()  # all before it is given to a stage; the last line
         self._seconds: dict[str, float] = {}
+        self._cpu_until = cpu_clock()
+        self._cpu: dict[str, float] = {}  # of all the process's threads; a busy machine changes it less than the clock
         self._counts: dict[str, dict[str, int]] = {}
 
     @contextmanager
@@ -88,6 +92,15 @@ class Timings:
             self._write(ended=ended)
             self._path = None
 
+    def so_far(self, name: str, *, cpu: bool = False) -> float:
+        """Own seconds, by now, of all stages whose last name is that, whatever they are within; ``cpu``: of processors.
+
+        Only those that no line has been written of yet.
+        """
+        self._charge()
+        held = self._cpu if cpu else self._seconds
+        return sum(value for path, value in held.items() if path.rsplit("/", 1)[-1] == name)
+
     @property
     def _here(self) -> str:
         return self._open[-1] if self._open else OTHER
@@ -99,6 +112,9 @@ class Timings:
         now = self._clock()
         self._seconds[self._here] = self._seconds.get(self._here, 0.0) + now - self._until
         self._until = now
+        now = self._cpu_clock()
+        self._cpu[self._here] = self._cpu.get(self._here, 0.0) + now - self._cpu_until
+        self._cpu_until = now
 
     def _write_if_due(self, *, ends_a_stage: bool = False) -> None:
         if self._path is not None and (ends_a_stage or self._clock() - self._written >= _EVERY_S):
@@ -109,13 +125,15 @@ class Timings:
         self._charge()
         self._written = self._until
         seconds = {path: round(value, 6) for path, value in self._seconds.items()}
-        line = {"session": self._session, "at": round(time.time(), 3), "seconds": seconds, "counts": self._counts}
+        cpu = {path: round(value, 6) for path, value in self._cpu.items()}
+        line = {"session": self._session, "at": round(time.time(), 3), "seconds": seconds, "cpu": cpu}
+        line["counts"] = self._counts
         try:
             append_line(self._path, {**line, "peak": peak_memory(), **more})
         except OSError as error:  # kept for the next line
             log.warning("%s: %s; where the time goes is not noted", self._path, os.strerror(error.errno or errno.EIO))
         else:
-            self._seconds, self._counts = {}, {}
+            self._seconds, self._cpu, self._counts = {}, {}, {}
 
 
 def peak_memory() -> dict[str, int]:
@@ -139,29 +157,36 @@ class Summary:
         peak: Most bytes of any session, as ``peak_memory`` has them.
         sessions: How each ended, in order: ``done``, ``stopped by SIGTERM``, an error's name, or ``no end noted``,
             which is one that was killed or is at work still.
+        cpu: Own seconds of the main process's processors by stage; of lines that have them. What a stage ``spent``
+            within another by its own clock is counted with the outer one.
     """
 
     seconds: Mapping[str, float]
     counts: Mapping[str, Mapping[str, int]]
     peak: Mapping[str, int]
     sessions: tuple[str, ...]
+    cpu: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def read(cls, *folders: Path) -> Summary:
         """From the lines in runs' folders, those that are whole; of nothing where there is none."""
         seconds, counts, peak = dict[str, float](), dict[str, dict[str, int]](), dict[str, int]()
+        cpu = dict[str, float]()
         sessions = dict[str, str]()
         for line in (line for folder in folders for line in _whole_lines(folder / LINES)):
             sessions[line["session"]] = line.get("ended", UNFINISHED)
             for path, value in line["seconds"].items():
                 seconds[path] = seconds.get(path, 0.0) + value
+            for path, value in line.get("cpu", {}).items():
+                cpu[path] = cpu.get(path, 0.0) + value
             for path, numbers in line["counts"].items():
                 held = counts.setdefault(path, {})
                 for name, number in numbers.items():
                     held[name] = held.get(name, 0) + number
             peak = {name: max(peak.get(name, 0), value) for name, value in line["peak"].items()}
         order = _as_a_tree([path for path in seconds if path != OTHER])
-        return cls({path: seconds.get(path, 0.0) for path in (*order, OTHER)}, counts, peak, tuple(sessions.values()))
+        by_stage = {path: seconds.get(path, 0.0) for path in (*order, OTHER)}
+        return cls(by_stage, counts, peak, tuple(sessions.values()), cpu)
 
     @property
     def total(self) -> float:

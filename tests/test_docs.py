@@ -16,7 +16,7 @@ from distill.recipe.load import load_recipe
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PLACEHOLDERS = {"RECIPE", "RUN", "QUERY"}
-RECIPE_COMMANDS = {"run", "teach", "data", "mine", "score", "embed", "train", "evaluate", "compare"}
+RECIPE_COMMANDS = {"run", "teach", "data", "mine", "score", "embed", "plan", "train", "evaluate", "compare"}
 
 
 def blocks(page: Path) -> list[list[str]]:

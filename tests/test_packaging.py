@@ -78,6 +78,7 @@ def test_help_names_every_command() -> None:
         "data",
         "mine",
         "score",
+        "plan",
         "embed",
         "work",
         "train",
