@@ -25,6 +25,10 @@ class WireError(ValueError):
     """What came is no request, or no answer, of this protocol; the message says where and why."""
 
 
+class TooMuchError(WireError):
+    """More values, or more deeply nested ones, than any request or answer of this protocol has."""
+
+
 class RefusedError(ValueError):
     """A request that cannot be answered; ``status`` is HTTP's."""
 
@@ -45,6 +49,7 @@ class Limits:
     text_characters: int = 2000
     picture_bytes: int = 20 << 20
     picture_pixels: int = 50_000_000
+    pixels: int = 500_000_000  # of all pictures that are sent together: a small file can hold many
     deadline_s: float = 600.0
 
 
@@ -63,17 +68,57 @@ def _bytes_of(value: Any) -> Any:
     return np.ascontiguousarray(value, kind).tobytes()
 
 
-def unpacked(body: bytes) -> dict[str, Any]:
+_MOST_NAMES, _MOST_LISTS = 64, 16
+
+
+def unpacked(body: bytes, *, items: int = Limits.texts) -> dict[str, Any]:
     """The mapping that ``packed`` packed, arrays still bytes.
 
+    A byte of msgpack can say an empty list, which takes sixty in memory: what comes is bounded while it is read.
+
+    Args:
+        body: what came.
+        items: in a list, at most.
+
     Raises:
+        TooMuchError: a longer list, or more names or lists than a message has.
         WireError: it is no msgpack, or no mapping with names.
     """
     import msgpack
 
+    lists = mappings = 0
+
+    def listed(value: list[Any]) -> list[Any]:
+        nonlocal lists
+        lists += 1
+        if lists > _MOST_LISTS:
+            raise TooMuchError("lists within lists; the names of a message stand for numbers, strings and flat lists")
+        return value
+
+    def mapped(value: dict[str, Any]) -> dict[str, Any]:
+        nonlocal mappings
+        mappings += 1
+        if mappings > 1:
+            raise TooMuchError("mappings within mappings; the names of a message stand for numbers, strings and lists")
+        return value
+
     try:
-        found = msgpack.unpackb(body, raw=False, strict_map_key=True, use_list=True, max_ext_len=0)
+        found = msgpack.unpackb(
+            body,
+            raw=False,
+            strict_map_key=True,
+            use_list=True,
+            list_hook=listed,
+            object_hook=mapped,
+            max_array_len=items,
+            max_map_len=_MOST_NAMES,
+            max_ext_len=0,
+        )
+    except TooMuchError:
+        raise
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
+        if "exceeds max_array_len" in str(error) or "exceeds max_map_len" in str(error):
+            raise TooMuchError(f"a list of more than {items} entries, or more than {_MOST_NAMES} names") from None
         raise WireError(f"no msgpack, or cut short ({type(error).__name__}, {len(body)} bytes)") from None
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise WireError(f"a mapping with names is expected, not {type(found).__name__}")

@@ -7,13 +7,14 @@ import os
 import shutil
 import tempfile
 import weakref
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     import datasets
     import pyarrow as pa
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 50_000_000
 """Largest width * height that is decoded unless an option says otherwise."""
+MAX_ASPECT = 256
+"""Longest side over shortest: models scale the shortest to hundreds of pixels, and the longest with it."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """The decoders that image files may reach; fewer decoders, less to attack."""
 
@@ -45,26 +48,39 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image:
         max_pixels: Largest width * height that is decoded.
 
     Raises:
-        UnreadableImageError: Empty, truncated, too large, or none of ``FORMATS``.
+        UnreadableImageError: Empty, truncated, too large, too narrow, or none of ``FORMATS``.
     """
+    from distill.data.upright import upright_rgb
+
+    with _opened(data, max_pixels) as opened:
+        opened.load()
+        if opened.mode == "F":
+            raise UnreadableImageError("pixels are floating-point numbers without a stated range; save it with 8 bits")
+        return upright_rgb(opened)
+
+
+def count_pixels(data: bytes, *, max_pixels: int = MAX_PIXELS) -> int:
+    """Width * height of an encoded image, from its header.
+
+    Raises:
+        UnreadableImageError: as ``decode_image``, as far as the header shows it.
+    """
+    with _opened(data, max_pixels) as opened:
+        return opened.width * opened.height
+
+
+@contextmanager
+def _opened(data: bytes, max_pixels: int) -> Iterator[Image]:
+    """An image of a size that may be decoded; whatever goes wrong while it is open means that it is unreadable."""
     import PIL
     import PIL.Image
-
-    from distill.data.upright import upright_rgb
 
     if not data:
         raise UnreadableImageError("the file is empty (0 bytes)")
     try:
         with PIL.Image.open(BytesIO(data), formats=FORMATS) as opened:
-            width, height = opened.size
-            if width * height > max_pixels:
-                raise UnreadableImageError(_too_large(f"{width} x {height} = {width * height:,} pixels", max_pixels))
-            opened.load()
-            if opened.mode == "F":
-                raise UnreadableImageError(
-                    "pixels are floating-point numbers without a stated range; save it with 8 bits"
-                )
-            return upright_rgb(opened)
+            _check_size(*opened.size, max_pixels)
+            yield opened
     except UnreadableImageError:
         raise
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
@@ -73,6 +89,15 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image:
         raise UnreadableImageError(f"not an image of a known format ({', '.join(FORMATS)})") from error
     except Exception as error:  # a decoder fed with broken bytes may raise anything; all of it means "unreadable"
         raise UnreadableImageError(f"cannot be decoded: {error or type(error).__name__}") from error
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise UnreadableImageError(_too_large(f"{width} x {height} = {width * height:,} pixels", max_pixels))
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise UnreadableImageError(
+            f"too narrow: {width} x {height} pixels, where one side may be {MAX_ASPECT} times the other"
+        )
 
 
 def _too_large(found: str, max_pixels: int) -> str:

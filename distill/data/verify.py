@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from distill.data.pictures import DataError, UnreadableImageError, decode_image
+from distill.data.pictures import MAX_ASPECT, DataError, UnreadableImageError, decode_image
 from distill.durable import sweep_temporaries, write_atomically
 from distill.protocols import fingerprint
 
@@ -44,7 +44,7 @@ class VerdictFile:
     def __init__(self, folder: Path | None, about: str, *, max_pixels: int) -> None:
         import PIL
 
-        self._head = {"about": about, "max_pixels": max_pixels, "pillow": PIL.__version__}
+        self._head = {"about": about, "max_pixels": max_pixels, "max_aspect": MAX_ASPECT, "pillow": PIL.__version__}
         self._path = None if folder is None else Path(folder) / f"images-{fingerprint(about, max_pixels)[:16]}.json"
         self._known: dict[str, list[Any]] = self._read()
         self._changed = False

@@ -74,7 +74,7 @@ def transformers_routes(folder: Path) -> list[Route]:
     import torch
     from transformers import AutoModel, AutoProcessor
 
-    model: Any = AutoModel.from_pretrained(str(folder)).eval()
+    model: Any = AutoModel.from_pretrained(str(folder), use_safetensors=True).eval()
     processor: Any = AutoProcessor.from_pretrained(str(folder), backend="pil")
     padding = padding_of(folder)
 

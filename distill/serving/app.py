@@ -24,7 +24,7 @@ from distill.serving import answers
 from distill.serving.bodies import kind_of, read_form, read_json
 from distill.serving.engine import Engine
 from distill.serving.gate import BusyError, Gate
-from distill.serving.guards import BodyLimit, Counted, Doorkeeper, SafeHeaders
+from distill.serving.guards import SAFE_HEADERS, BodyLimit, Counted, Doorkeeper, SafeHeaders
 from distill.serving.metrics import Metrics
 from distill.serving.pictures import SIZES, Thumbnails
 from distill.serving.schemas import (
@@ -274,7 +274,8 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:
-        return JSONResponse({"error": "something went wrong here; the service's log says what"}, 500)
+        told = {"error": "something went wrong here; the service's log says what"}
+        return JSONResponse(told, 500, SAFE_HEADERS)  # this one is made outside the guards
 
 
 def distribution_version() -> str:

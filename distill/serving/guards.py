@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from distill.serving.metrics import RequestMetrics
 
 PATIENCE_S = 30.0  # for the next piece of a body
+LEAST_RATE = 16 << 10  # bytes a second of a body on the whole, once patience has passed
 _SAFE = {"GET", "HEAD", "OPTIONS"}
-_HEADERS = {
+SAFE_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
         "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -43,7 +44,7 @@ class SafeHeaders:
 
         async def sent(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(_HEADERS)
+                MutableHeaders(scope=message).update(SAFE_HEADERS)
             await send(message)
 
         await self.app(scope, receive, sent)
@@ -127,8 +128,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        stated = Headers(scope=scope).get("content-length", "0")
-        if stated.isdigit() and int(stated) > self.limit:
+        if (_stated(scope) or 0) > self.limit:
             await JSONResponse({"error": too_large(self.limit)}, 413)(scope, receive, send)
             return
         await self.app(scope, _Body(receive, self.limit).receive, send)
@@ -138,19 +138,24 @@ class _Body:
     def __init__(self, receive: Receive, limit: int) -> None:
         self._receive, self._limit = receive, limit
         self._taken, self._ended = 0, False
+        self._began = time.monotonic()
 
     async def receive(self) -> Message:
         """The next piece.
 
         Raises:
-            HTTPException: 413, more than the limit has come; 408, nothing comes.
+            HTTPException: 413, more than the limit has come; 408, nothing comes, or a little now and then.
         """
         if self._ended:  # what may still come is word that the client has gone
             return await self._receive()
+        late = self._began + PATIENCE_S + self._taken / LEAST_RATE - time.monotonic()
         try:
-            message: Message = await asyncio.wait_for(self._receive(), PATIENCE_S)
+            message: Message = await asyncio.wait_for(self._receive(), max(0.0, min(PATIENCE_S, late)))
         except TimeoutError:
-            raise HTTPException(408, f"nothing more of the request came for {PATIENCE_S:.0f} seconds") from None
+            told = f"nothing more of the request came for {PATIENCE_S:.0f} seconds"
+            if late < PATIENCE_S and self._taken:
+                told = f"the request comes too slowly: send at least {LEAST_RATE >> 10} KiB a second"
+            raise HTTPException(408, told) from None
         self._taken += len(message.get("body", b""))
         self._ended = message["type"] == "http.disconnect" or not message.get("more_body", False)
         if self._taken > self._limit:
@@ -171,8 +176,8 @@ class BytesInHand:
         if scope["type"] != "http" or scope["method"] in _SAFE:
             await self.app(scope, receive, send)
             return
-        stated = Headers(scope=scope).get("content-length", "")
-        size = int(stated) if stated.isdigit() else self.each
+        stated = _stated(scope)
+        size = self.each if stated is None else min(stated, self.each)  # a larger one is refused before it is read
         if self._taken and self._taken + size > self.limit:
             told = "the requests in hand hold as many bytes as may be; try again in a moment"
             await JSONResponse({"error": told}, 429, {"Retry-After": "1"})(scope, receive, send)
@@ -182,6 +187,12 @@ class BytesInHand:
             await self.app(scope, receive, send)
         finally:
             self._taken -= size
+
+
+def _stated(scope: Scope) -> int | None:
+    """The length that a request states; None where it states none."""
+    stated = Headers(scope=scope).get("content-length", "")
+    return int(stated) if stated.isascii() and stated.isdigit() and len(stated) <= 20 else None
 
 
 def too_large(limit: int) -> str:

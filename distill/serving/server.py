@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from distill.serving.opening import ServingError
+from distill.serving.patience import PatientProtocol
 from distill.stopping import heard_by
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ def serve(app: FastAPI, bound: socket.socket, *, grace_s: int = GRACE_S) -> None
     """Answer requests until SIGTERM or SIGINT; what is in hand then is answered, for ``grace_s`` at most."""
     config = uvicorn.Config(
         app,
+        http=PatientProtocol,
         log_config=None,
         log_level="warning",
         access_log=False,  # what people search for is theirs; /metrics counts

@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect
 
 from distill.data.pictures import DataError
 from distill.serving.app import distribution_version
-from distill.serving.guards import BodyLimit, BytesInHand, Counted, Doorkeeper, SafeHeaders
+from distill.serving.guards import SAFE_HEADERS, BodyLimit, BytesInHand, Counted, Doorkeeper, SafeHeaders
 from distill.serving.schemas import Health, Problem
 from distill.teacher_service.engine import BusyError, EndedError, Engine, TooLateError
 from distill.teacher_service.metrics import TeacherMetrics
@@ -236,4 +236,4 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:
-        return answer(500, "something went wrong here; the service's log says what")
+        return answer(500, "something went wrong here; the service's log says what", SAFE_HEADERS)  # outside the guards

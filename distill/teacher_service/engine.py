@@ -240,6 +240,7 @@ class Engine:
 
     def _leave(self, job: _Job, _: Future[Any]) -> None:
         self._open.discard(job)
+        job.prepare = _nothing  # with the pictures in it: a job that was taken back stays in the queue for a while
 
     def _join(self, whole: _Parts, part: Ids, done: Future[Found]) -> None:
         """One part of a request has come to its end."""
@@ -282,6 +283,8 @@ class Engine:
 
     def _begun(self, job: _Job) -> bool:
         """Prepare a job; False where it has ended, in whatever way."""
+        if job.future.done():
+            return False
         if self._is_late(job) or not job.future.set_running_or_notify_cancel():
             return False
         try:
@@ -425,6 +428,10 @@ class Engine:
                 self._state.notify_all()
             for job in list(self._open):
                 _settle(job.future, error=EndedError())
+
+
+def _nothing() -> None:
+    """What is left to prepare of a job that has ended."""
 
 
 def _settle(future: Future[Any], result: object = None, *, error: BaseException | None = None) -> None:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from distill.data.pictures import UnreadableImageError, decode_image
-from distill.wire import RefusedError
+from distill.data.pictures import UnreadableImageError, count_pixels, decode_image
+from distill.wire import Limits, RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -54,6 +54,7 @@ class Items:
         corpus: Corpus | None = None,
         source: Callable[[Ids], Inputs] | None = None,
         max_pixels: int,
+        max_pixels_together: int = Limits.pixels,
     ) -> None:
         """A side.
 
@@ -63,8 +64,10 @@ class Items:
             corpus: that rows belong to.
             source: inputs of rows of the corpus.
             max_pixels: of a picture that is sent.
+            max_pixels_together: of all pictures that are sent in a request.
         """
-        self.side, self._teacher, self._source, self._max_pixels = side, teacher, source, max_pixels
+        self.side, self._teacher, self._source = side, teacher, source
+        self._max_pixels, self._together = max_pixels, max_pixels_together
         self._corpus = corpus
         self._fingerprints: Sequence[str] = ()
         if corpus is not None:
@@ -82,13 +85,31 @@ class Items:
         return [Item(self._fingerprints[row], row) for row in rows.tolist()]
 
     def of_contents(self, contents: Iterable[bytes | str]) -> list[Item]:
-        """Items as they are; those of the corpus are its rows."""
+        """Items as they are; those of the corpus are its rows.
+
+        Raises:
+            RefusedError: a picture is none, or is too large, or all of them are too large together.
+        """
         found = []
         for content in contents:
             key = hashlib.sha256(content if isinstance(content, bytes) else content.encode()).hexdigest()
             row = self._row_of.get(key, -1)
             found.append(Item(key, row, content if row < 0 else None))
+        self._check_pixels({item.key: item.content for item in found if isinstance(item.content, bytes)}.values())
         return found
+
+    def _check_pixels(self, contents: Iterable[bytes]) -> None:
+        """From headers, before anything waits: a thousand files that are each within the limit can fit into a body."""
+        total = 0
+        for content in contents:
+            try:
+                total += count_pixels(content, max_pixels=self._max_pixels)
+            except UnreadableImageError as error:
+                raise _unusable(error) from None
+            if total > self._together:
+                raise RefusedError(
+                    413, f"pictures of more than {self._together:,} pixels together: send fewer at a time"
+                )
 
     @cached_property
     def _row_of(self) -> dict[str, int]:
@@ -122,4 +143,8 @@ class Items:
         try:
             return decode_image(content, max_pixels=self._max_pixels)
         except UnreadableImageError as error:
-            raise RefusedError(422, f"a picture cannot be used: {error}") from None
+            raise _unusable(error) from None
+
+
+def _unusable(error: UnreadableImageError) -> RefusedError:
+    return RefusedError(422, f"a picture cannot be used: {error}")

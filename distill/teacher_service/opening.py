@@ -49,7 +49,14 @@ def open_engine(
     dim = width_of(teacher, corpus, split.ids)
     say(f"teacher: {type(teacher).__name__}, {teacher.score_kind}, {teacher.identity}")
     items: dict[Side, Items] = {
-        side: Items(side, teacher, corpus=corpus, source=x.source(teacher, side), max_pixels=limits.picture_pixels)
+        side: Items(
+            side,
+            teacher,
+            corpus=corpus,
+            source=x.source(teacher, side),
+            max_pixels=limits.picture_pixels,
+            max_pixels_together=limits.pixels,
+        )
         for side in SIDES
     }
     store = x.store

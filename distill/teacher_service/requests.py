@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from distill.wire import MSGPACK, Limits, RefusedError, WireError, unpacked
+from distill.wire import MSGPACK, Limits, RefusedError, TooMuchError, WireError, unpacked
 
 if TYPE_CHECKING:
     from pydantic import ValidationInfo
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from distill.protocols import Ids
 
 TOO_MUCH = "too_much"  # type of a validation error about sizes
+MOST_JSON_VALUES = (
+    250_000  # in one body: three characters can say a list, which takes a hundred times as much in memory
+)
 
 
 def _numbers(value: object) -> object:
@@ -184,6 +187,8 @@ class EmbedRequest(_Asked):
             raise PydanticCustomError("items", "give one of image_ids, images, text_ids and texts")
         if given[0].endswith("_ids") and self.corpus is None:
             raise PydanticCustomError("corpus", "ids are rows of a corpus: give its fingerprint as corpus (see /info)")
+        if not len(getattr(self, given[0])):
+            raise PydanticCustomError("items", "{name} is empty: there is nothing to embed", {"name": given[0]})
         _check_count(len(getattr(self, given[0])), _limits(info).images, "items")
         return self
 
@@ -222,8 +227,11 @@ def read_request(body: bytes, kind: str, model: type[ScoreRequest] | type[EmbedR
     """
     try:
         if kind == MSGPACK:
-            return model.model_validate(unpacked(body), context=limits)
+            return model.model_validate(unpacked(body, items=max(limits.images, limits.texts)), context=limits)
+        _check_values(body)
         return model.model_validate_json(body, context=limits)
+    except TooMuchError as error:
+        raise RefusedError(413, str(error)) from None
     except WireError as error:
         raise RefusedError(400, str(error)) from None
     except ValidationError as error:
@@ -231,6 +239,15 @@ def read_request(body: bytes, kind: str, model: type[ScoreRequest] | type[EmbedR
         kinds = {fault["type"] for fault in faults}
         status = 413 if TOO_MUCH in kinds else 400 if "json_invalid" in kinds else 422
         raise RefusedError(status, _words(faults)) from None
+
+
+def _check_values(body: bytes) -> None:
+    """Refuse JSON whose values are too many, before they are made; punctuation within texts counts with the rest."""
+    found = sum(body.count(mark) for mark in (b",", b"[", b"{"))
+    if found > MOST_JSON_VALUES:
+        raise RefusedError(
+            413, f"about {found} values in JSON; the service takes {MOST_JSON_VALUES}: send less at a time, or msgpack"
+        )
 
 
 def _words(faults: list[Any]) -> str:

@@ -44,6 +44,7 @@ class LimitsInfo(BaseModel):
     text_characters: int
     picture_bytes: int
     picture_pixels: int
+    pixels: int
     deadline_s: float
 
 

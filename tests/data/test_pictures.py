@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distill.data.pictures import DataError, UnreadableImageError, decode_image, pictures_of_bytes, pictures_of_paths
+from distill.data.pictures import (
+    DataError,
+    UnreadableImageError,
+    count_pixels,
+    decode_image,
+    pictures_of_bytes,
+    pictures_of_paths,
+)
 
 from .making import bomb, encoded, pixels
 
@@ -75,6 +82,28 @@ def test_bombs_are_refused_from_the_header(side, pixel_count):
         return
     with pytest.raises(UnreadableImageError, match=rf"too large to decode safely: .*{pixel_count} pixels"):
         decode_image(bomb(side, side))
+
+
+@pytest.mark.parametrize("size", [(257, 1), (1, 257), (65_535, 10)])
+def test_pictures_of_which_a_model_would_make_huge_ones_are_refused_from_the_header(size):
+    """CLIP's processor makes 224 x 57,568 pixels of 257 x 1, and of 65,535 x 1 more than fit into memory."""
+    content = saved(Image.new("L", size))
+    for look in (decode_image, count_pixels):
+        with pytest.raises(UnreadableImageError, match=f"too narrow: {size[0]} x {size[1]} pixels"):
+            look(content)
+    assert decode_image(saved(Image.new("L", (256, 1)))).size == (256, 1)
+
+
+def test_pixels_are_counted_without_being_decoded():
+    content = saved(Image.new("L", (70, 30)))
+    assert count_pixels(content) == 2100
+    assert count_pixels(content[:45]) == 2100  # the header is whole
+    with pytest.raises(UnreadableImageError):
+        decode_image(content[:45])
+    with pytest.raises(UnreadableImageError, match="too large"):
+        count_pixels(content, max_pixels=2099)
+    with pytest.raises(UnreadableImageError, match="0 bytes"):
+        count_pixels(b"")
 
 
 def test_pillows_warning_is_an_error_when_warnings_are():
