@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from distill.export.layout import Precision
     from distill.serving.opening import Beside
     from distill.teacher_service.engine import EngineSettings
+    from distill.teacher_service.on_ray import OnRay
 
 
 class Precise(StrEnum):
@@ -48,6 +49,11 @@ Overrides = Annotated[
 Served = Annotated[str, typer.Argument(metavar="RECIPE", help="of the teacher, or the folder of a run that taught one")]
 ImageMemory = Annotated[float, typer.Option("--image-memory", min=0, help="GiB of encoded pictures that are kept")]
 WaitingPairs = Annotated[int, typer.Option("--waiting-pairs", min=1, help="pairs that may wait; more are answered 429")]
+Replicas = Annotated[
+    int, typer.Option("--replicas", min=0, help="by Ray Serve, each with a teacher in memory; 0: in this process")
+]
+Gpus = Annotated[float, typer.Option("--gpus-per-replica", min=0, help="may be part of one")]
+RayAddress = Annotated[str, typer.Option("--address", help="of a Ray cluster; one on this machine when absent")]
 Grace = Annotated[int, typer.Option("--grace", min=0, help="seconds for what waits when it is told to end")]
 
 
@@ -89,6 +95,9 @@ def serve_app(open_experiment: Callable[[str, list[str]], Experiment]) -> typer.
         image_memory: ImageMemory = 1.0,
         waiting_pairs: WaitingPairs = 32_768,
         grace: Grace = 60,
+        replicas: Replicas = 0,
+        gpus: Gpus = 0.0,
+        ray_address: RayAddress = "",
         overrides: Overrides = [],  # noqa: B006  (typer copies it)
     ) -> None:
         """A recipe's teacher for many clients: POST /score and /embed, GET /info, /health and /metrics."""
@@ -98,6 +107,13 @@ def serve_app(open_experiment: Callable[[str, list[str]], Experiment]) -> typer.
 
         check_installed(NEEDED)
         settings = EngineSettings(image_memory_bytes=int(image_memory * 2**30), waiting_pairs=waiting_pairs)
+        if replicas:
+            from distill.teacher_service.on_ray import OnRay
+
+            placed = OnRay(replicas, gpus=gpus, address=ray_address)
+            opened = partial(_opened, open_experiment, recipe, overrides)
+            serve_replicas(opened, placed, settings, host=host, port=port, token_file=token_file, grace_s=grace)
+            return
         x = _opened(open_experiment, recipe, overrides)
         serve_teacher(x, settings, host=host, port=port, token_file=token_file, grace_s=grace)
 
@@ -124,6 +140,42 @@ def serve_teacher(
         typer.echo(f"serving the teacher of {x.recipe.name} at {address_of(bound, host)} (Ctrl+C ends it)")
         serve(build_app(engine, info, limits=limits, token=token, hosts=hosts), bound, grace_s=grace_s)
     typer.echo(f"ended: {engine.counts.asked} pairs asked, {engine.counts.served} known", err=True)
+
+
+def serve_replicas(
+    opened: Callable[[], Experiment],
+    placed: OnRay,
+    settings: EngineSettings,
+    *,
+    host: str,
+    port: int,
+    token_file: Path | None,
+    grace_s: int,
+) -> None:
+    """The same by Ray Serve, until told to end.
+
+    Raises:
+        ServingError: the teacher cannot be served, or the address cannot be had.
+        MissingRayError: Ray is not installed.
+    """
+    import threading
+
+    from distill.serving.opening import check_teacher
+    from distill.serving.server import address_of, allowed_hosts, bound_socket, read_token
+    from distill.stopping import heard_by
+    from distill.teacher_service.on_ray import Front, replicas, serve_module
+    from distill.wire import Limits
+
+    serve_module(placed.address)
+    check_teacher(opened())
+    token, told = read_token(token_file), threading.Event()
+    with bound_socket(host, port, token=token is not None) as bound:  # Ray's proxies bind it themselves
+        address, port = address_of(bound, host), bound.getsockname()[1]
+    front = Front(host, port, token, allowed_hosts(host, token=token is not None), grace_s)
+    with heard_by(lambda *_: told.set()), replicas(opened, placed, settings, Limits(), front):
+        typer.echo(f"serving the teacher at {address} with {placed.replicas} replicas (Ctrl+C ends it)")
+        told.wait()
+    typer.echo("ended", err=True)
 
 
 def serve_student(

@@ -88,7 +88,7 @@ class RayDriver:
         Raises:
             DriverError: an actor says why the work cannot go on, or died too often.
         """
-        with _cluster(self._ray, self.address):  # a signal drops what is in hand: Ray may be waiting for a machine
+        with cluster(self._ray, self.address):  # a signal drops what is in hand: Ray may be waiting for a machine
             self._check_room()
             try:
                 for number in self._numbers(task):
@@ -178,8 +178,14 @@ def environment(threads: int) -> dict[str, str]:
     }
 
 
+def settle_own_cluster() -> None:
+    """How a cluster that this process starts is to be; Ray Serve reads some of it when it is imported."""
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # its ports listen on every interface
+
+
 @contextmanager
-def _cluster(ray: Any, address: str) -> Iterator[None]:
+def cluster(ray: Any, address: str) -> Iterator[None]:
     """Connected to a cluster in here: the one of this process where there is one, that of the address, or a new one."""
     if ray.is_initialized():
         yield
@@ -189,8 +195,7 @@ def _cluster(ray: Any, address: str) -> Iterator[None]:
     if address:
         about["address"] = address
     else:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # its ports listen on every interface
+        settle_own_cluster()
         # "local", or Ray would join whatever cluster somebody has started on this machine
         about |= {"address": "local", "include_dashboard": False, "object_store_memory": _OBJECT_STORE}
     try:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from distill.protocols import Inputs, Memory, Teacher
     from distill.teacher_service.items import Item, Items
 
-_BESIDE = 600  # bytes that a tensor takes beside its numbers, measured; of short texts they are the larger part
+BESIDE = 600  # bytes that a tensor takes beside its numbers, measured; of short texts they are the larger part
 Prepared = list[tuple[Sequence["Item"], "Inputs"]]
 """Batches of items and their inputs."""
 
@@ -107,7 +107,7 @@ class Memories:
         return order, joined(memories)
 
     def _keep(self, items: Sequence[Item], memory: Memory) -> None:
-        size = bytes_of(memory) // len(items) + _BESIDE * len(memory)
+        size = bytes_of(memory) // len(items) + BESIDE * len(memory)
         for place, item in enumerate(items):
             own = {name: tensor[place : place + 1].clone() for name, tensor in memory.items()}
             self._kept.put(item.key, own, size=size)

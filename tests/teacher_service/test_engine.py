@@ -16,6 +16,7 @@ import torch
 from distill.data.corpus import build_corpus
 from distill.data.pictures import pictures_of_bytes
 from distill.teacher_service.engine import BusyError, EndedError, TooLateError
+from distill.teacher_service.memories import BESIDE
 from distill.teacher_service.requests import ScoreRequest
 from distill.wire import RefusedError
 from tests.teacher_service.served import engine_of, items, pairs, store_of
@@ -167,13 +168,15 @@ def test_a_picture_that_cannot_be_read_fails_its_own_request_alone():
         first = engine.score(pairs(CORPUS, [0], [0]), later())
         assert teacher.has_begun.wait(30)
         good = engine.score(pairs(CORPUS, [1], [1]), later())
-        broken = [{"images": [content], "texts": ["1"]} for content in (b"GIF89a", png(1)[:40], png(1, size=11))]
-        bad = [engine.score(ScoreRequest.model_validate(one), later()) for one in broken]
-        teacher.go_on.set()
-        for future, told in zip(bad, ("not an image|decoded", "not an image|decoded", "too large"), strict=True):
+        for content, told in ((b"GIF89a", "not an image|decoded"), (png(1, size=11), "too large")):  # by their headers
             with pytest.raises(RefusedError, match=told) as refused:
-                future.result(SOON)
+                engine.score(ScoreRequest.model_validate({"images": [content], "texts": ["1"]}), later())
             assert refused.value.status == 422
+        cut = engine.score(ScoreRequest.model_validate({"images": [png(1)[:-20]], "texts": ["1"]}), later())
+        teacher.go_on.set()
+        with pytest.raises(RefusedError, match="decoded") as refused:
+            cut.result(SOON)
+        assert refused.value.status == 422
         assert first.result(SOON).asked == good.result(SOON).asked == 1
 
 
@@ -218,9 +221,8 @@ def test_out_of_memory_takes_fewer_images_at_a_time():
 
 def test_memory_of_items_stays_within_its_budget_and_what_left_is_made_anew():
     teacher = ToyTeacher()
-    one = sum(
-        tensor.nbytes for tensor in teacher.encode_images({"shade": torch.zeros(1, 1, dtype=torch.int64)}).values()
-    )
+    made = teacher.encode_images({"shade": torch.zeros(1, 1, dtype=torch.int64)})
+    one = sum(tensor.nbytes + BESIDE for tensor in made.values())
     teacher.images.clear()
     with engine_of(teacher, CORPUS, image_memory_bytes=4 * one, images_per_batch=2) as engine:
         for text in range(3):
