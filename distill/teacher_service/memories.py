@@ -9,19 +9,18 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from distill.inference import bytes_of, joined, to_device
-from distill.serving.cache import ByteCache
+from distill.inference import joined, to_device
+from distill.teacher_service.kept import KeptBatches
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from distill.protocols import Inputs, Memory, Teacher
     from distill.teacher_service.items import Item, Items
 
-BESIDE = 600  # bytes that a tensor takes beside its numbers, measured; of short texts they are the larger part
 Prepared = list[tuple[Sequence["Item"], "Inputs"]]
 """Batches of items and their inputs."""
+Parts = list[tuple[list["Item"], "Inputs"]]
 
 
 class Memories:
@@ -40,7 +39,7 @@ class Memories:
         """``batch``: items encoded together; ``kept_bytes``: of all memories that are kept together."""
         self._items, self._teacher, self.batch, self._device = items, teacher, batch, device
         self._encode = teacher.encode_images if items.side == "image" else teacher.encode_texts
-        self._kept: ByteCache[str, dict[str, Tensor]] = ByteCache(kept_bytes)
+        self._kept = KeptBatches(kept_bytes)
         self._pool = ThreadPoolExecutor(threads if items.side == "image" else 1, thread_name_prefix=items.side)
         self.encoded = self.found = 0
 
@@ -79,22 +78,15 @@ class Memories:
 
         ``prepared``: what ``prepare`` gave for them, and others; what it lacks is prepared now.
         """
-        kept: list[tuple[Item, Memory]] = []
-        lacking: dict[str, Item] = {}
-        for item in items:
-            memory = self._kept.get(item.key)
-            if memory is None:
-                lacking[item.key] = item
-            else:
-                kept.append((item, memory))
-        self.found += len(kept)
+        named = {item.key: item for item in items}
+        kept = [([named[key] for key in keys], memory) for keys, memory in self._kept.find(list(named))]
+        lacking = {key: item for key, item in named.items() if key not in self._kept}
+        self.found += len(named) - len(lacking)
         self.encoded += len(lacking)
-        for start in range(0, len(kept), self.batch):
-            part = kept[start : start + self.batch]
-            yield [item for item, _ in part], joined([memory for _, memory in part])
+        yield from self._merged(kept)
         for some, inputs in self._ready(lacking, prepared):
             made = self._encode(to_device(inputs, self._device))
-            self._keep(some, made)
+            self._kept.put([item.key for item in some], made)
             yield some, made
 
     def all_of(self, items: Sequence[Item], prepared: Prepared) -> tuple[list[Item], Memory]:
@@ -106,16 +98,10 @@ class Memories:
             memories.append(memory)
         return order, joined(memories)
 
-    def _keep(self, items: Sequence[Item], memory: Memory) -> None:
-        size = bytes_of(memory) // len(items) + BESIDE * len(memory)
-        for place, item in enumerate(items):
-            own = {name: tensor[place : place + 1].clone() for name, tensor in memory.items()}
-            self._kept.put(item.key, own, size=size)
-
     def _ready(self, lacking: dict[str, Item], prepared: Prepared) -> Iterator[tuple[list[Item], Inputs]]:
         """Inputs of the lacking items in batches; small ones of one kind are put together."""
         waiting = dict(lacking)
-        parts: dict[bool, list[tuple[list[Item], Inputs]]] = {True: [], False: []}
+        parts: dict[bool, Parts] = {True: [], False: []}
         for some, inputs in prepared:
             places = [place for place, item in enumerate(some) if waiting.pop(item.key, None) is not None]
             if not places:
@@ -129,15 +115,15 @@ class Memories:
         for of_kind in parts.values():
             yield from self._merged(of_kind)
 
-    def _cut(self, parts: list[tuple[list[Item], Inputs]]) -> Iterator[tuple[list[Item], Inputs]]:
+    def _cut(self, parts: Parts) -> Iterator[tuple[list[Item], Inputs]]:
         """Batches may have become smaller since they were prepared."""
         for items, inputs in parts:
             for at in range(0, len(items), self.batch):
                 part = slice(at, at + self.batch)
                 yield items[part], {name: tensor[part] for name, tensor in inputs.items()}
 
-    def _merged(self, parts: list[tuple[list[Item], Inputs]]) -> Iterator[tuple[list[Item], Inputs]]:
-        waiting: list[tuple[list[Item], Inputs]] = []
+    def _merged(self, parts: Parts) -> Iterator[tuple[list[Item], Inputs]]:
+        waiting: Parts = []
         count = 0
         for part in self._cut(parts):
             if waiting and count + len(part[0]) > self.batch:
@@ -149,7 +135,7 @@ class Memories:
             yield _as_one(waiting)
 
 
-def _as_one(parts: list[tuple[list[Item], Inputs]]) -> tuple[list[Item], Inputs]:
+def _as_one(parts: Parts) -> tuple[list[Item], Inputs]:
     return [item for items, _ in parts for item in items], joined([inputs for _, inputs in parts])
 
 

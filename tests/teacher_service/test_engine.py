@@ -16,7 +16,7 @@ import torch
 from distill.data.corpus import build_corpus
 from distill.data.pictures import pictures_of_bytes
 from distill.teacher_service.engine import BusyError, EndedError, TooLateError
-from distill.teacher_service.memories import BESIDE
+from distill.teacher_service.kept import size_of
 from distill.teacher_service.requests import ScoreRequest
 from distill.wire import RefusedError
 from tests.teacher_service.served import engine_of, items, pairs, store_of
@@ -221,15 +221,14 @@ def test_out_of_memory_takes_fewer_images_at_a_time():
 
 def test_memory_of_items_stays_within_its_budget_and_what_left_is_made_anew():
     teacher = ToyTeacher()
-    made = teacher.encode_images({"shade": torch.zeros(1, 1, dtype=torch.int64)})
-    one = sum(tensor.nbytes + BESIDE for tensor in made.values())
+    two = size_of(teacher.encode_images({"shade": torch.zeros(2, 1, dtype=torch.int64)}), 2)
     teacher.images.clear()
-    with engine_of(teacher, CORPUS, image_memory_bytes=4 * one, images_per_batch=2) as engine:
+    with engine_of(teacher, CORPUS, image_memory_bytes=2 * two, images_per_batch=2) as engine:
         for text in range(3):
             engine.score(pairs(CORPUS, range(12), [text] * 12), later()).result(SOON)
-        assert engine.memories["image"].kept_bytes == 4 * one
+            assert engine.memories["image"].kept_bytes == 2 * two
         engine.score(pairs(CORPUS, range(8, 12), [5] * 4), later()).result(SOON)
-        assert engine.memories["image"].found == 12
+        assert engine.memories["image"].found == 4 + 4 + 4
     assert len(teacher.images) == 12 + 8 + 8
 
 
