@@ -13,7 +13,7 @@ from distill.durable import sweep_temporaries, write_atomically
 from distill.preflight_training import check_means
 from distill.protocols import DIRECTIONS, ContrastiveTeachable, MapsTeacher, TeachableTeacher
 from distill.recipe.load import dump
-from distill.teacher_note import note_teacher, noted_teacher
+from distill.teacher_note import TEACHER_NOTE, note_teacher, noted_teacher
 
 if TYPE_CHECKING:
     from distill.experiment import Experiment
@@ -25,6 +25,7 @@ _FREE = {
     "train.keep_checkpoints", "train.trackers", "evaluate.batch_size", "teacher.compile",
     "train.gradient_checkpointing", "train.compile", "mine.recall_floor", "teacher.urls", "teacher.token_file",
     "teacher.pairs_per_request", "teacher.connections", "teacher.deadline_s", "teacher.patience_s",
+    "teacher.identity",  # of a remote one: the run's own note is what it is held to
 }  # fmt: skip
 CORPUS = "corpus.npz"  # in the run's folder: what data it was begun with
 
@@ -277,7 +278,8 @@ def claim(x: Experiment, *, resume: bool) -> None:
         for folder in [x.folder, *(path for path in x.folder.rglob("*") if path.is_dir())]:
             sweep_temporaries(folder)
     else:
-        (x.folder / CORPUS).unlink(missing_ok=True)  # of a run that was killed before it had begun
+        for noted in (CORPUS, TEACHER_NOTE):
+            (x.folder / noted).unlink(missing_ok=True)  # of a run that was killed before it had begun
         note_or_compare(x.corpus, x.folder / CORPUS)
     if x.recipe.teacher.kind == "remote":
         _note_or_compare_teacher(x)

@@ -84,6 +84,12 @@ class Distant(Protocol):
     def prepare_files(self, contents: Sequence[bytes]) -> Inputs:
         """Inputs of picture files."""
 
+    def answer_within(self, seconds: float) -> None:
+        """Give up after about so long from now on: somebody waits for every answer."""
+
+    def close(self) -> None:
+        """End what waits for an answer, and the connections."""
+
 
 @runtime_checkable
 class TeachableTeacher(Teacher, Protocol):

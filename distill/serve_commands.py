@@ -160,14 +160,14 @@ def serve_replicas(
     """
     import threading
 
-    from distill.serving.opening import check_teacher
     from distill.serving.server import address_of, allowed_hosts, bound_socket, read_token
     from distill.stopping import heard_by
     from distill.teacher_service.on_ray import Front, replicas, serve_module
+    from distill.teacher_service.opening import check_served
     from distill.wire import Limits
 
     serve_module(placed.address)
-    check_teacher(opened())
+    check_served(opened())
     token, told = read_token(token_file), threading.Event()
     with bound_socket(host, port, token=token is not None) as bound:  # Ray's proxies bind it themselves
         address, port = address_of(bound, host), bound.getsockname()[1]

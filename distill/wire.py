@@ -18,6 +18,7 @@ from distill.protocols import ScoreKind
 
 MSGPACK = "application/msgpack"
 JSON = "application/json"
+TOKEN_VARIABLE = "DISTILL_TOKEN"  # noqa: S105  (the variable's name)
 Numbers: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
 
 
@@ -27,6 +28,10 @@ class WireError(ValueError):
 
 class TooMuchError(WireError):
     """More values, or more deeply nested ones, than any request or answer of this protocol has."""
+
+
+class NoAnswerError(RuntimeError):
+    """A service that was asked gives no answer that can be used."""
 
 
 class RefusedError(ValueError):
@@ -51,6 +56,11 @@ class Limits:
     picture_pixels: int = 50_000_000
     pixels: int = 500_000_000  # of all pictures that are sent together: a small file can hold many
     deadline_s: float = 600.0
+
+
+def carried(token: str) -> bool:
+    """Whether a header can carry it as a token."""
+    return bool(token) and token.isascii() and token.isprintable() and " " not in token
 
 
 def packed(values: Mapping[str, Any]) -> bytes:

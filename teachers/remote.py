@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from distill.wire import MSGPACK, WireError, packed, read_embedded, read_scored
+from distill.wire import MSGPACK, TOKEN_VARIABLE, NoAnswerError, WireError, carried, packed, read_embedded, read_scored
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
-TOKEN_VARIABLE = "DISTILL_TOKEN"  # noqa: S105  (the variable's name)
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}  # another try may go well; asking twice changes nothing
 _FAULTS_OF_SERVER = 3  # answers 500 to the same request, after which it is given up
+_MOST_ANSWERED = 64 << 20  # bytes, unpacked; vectors of 1024 items take a quarter of it at the most
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 15.0
 
 
-class RemoteTeacherError(RuntimeError):
+class RemoteTeacherError(NoAnswerError):
     """The service cannot be asked, or gives no answer that can be used."""
 
 
@@ -93,13 +93,13 @@ class RemoteTeacher:
             heed: called while waiting; raises where the process is to end.
 
         Raises:
-            RemoteTeacherError: no server answers, or the token is wrong.
+            RemoteTeacherError: no server answers, or the token is wrong or no token.
             OtherTeacherError: servers have different teachers.
         """
         if not urls:
             raise ValueError("give the URL of a teacher's service, such as http://127.0.0.1:8000")
         self.options = options or RemoteOptions()
-        self._token, self._heed = token or os.environ.get(TOKEN_VARIABLE) or None, heed
+        self._token, self._heed = _token(token), heed
         self._servers = [_Server(url) for url in urls]
         self._lock = threading.Lock()
         self._pausing, self._ended, self._answered_at = 0, False, time.monotonic()
@@ -113,6 +113,7 @@ class RemoteTeacher:
     def _connect(self, identity: str | None) -> None:
         found = self._connected()
         self._info = next(iter(found.values()))
+        self._corpora = [(info.get("corpus") or {}).get("fingerprint") for info in found.values()]
         self.identity: str = identity or str(self._info["identity"])
         self.score_kind: ScoreKind = self._info["score_kind"]
         for server in self._servers:
@@ -132,10 +133,14 @@ class RemoteTeacher:
             raise ImportError(f'{error.name} is not installed: pip install "cross2dual[remote]"') from None
         headers = {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
         count = self.options.connections * len(self._servers)
-        timeout = httpx2.Timeout(10.0, read=self.options.deadline_s + 10.0, write=30.0)
         limits = httpx2.Limits(max_connections=count, max_keepalive_connections=count)
-        self._client = httpx2.Client(headers=headers, timeout=timeout, limits=limits, follow_redirects=False)
+        self._client = httpx2.Client(headers=headers, timeout=self._timeout(), limits=limits, follow_redirects=False)
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="remote-teacher")
+
+    def _timeout(self) -> Any:
+        import httpx2
+
+        return httpx2.Timeout(10.0, read=self.options.deadline_s + 10.0, write=30.0)
 
     def __getstate__(self) -> dict[str, Any]:
         """To loader processes goes what preparing items takes; they connect only where they ask."""
@@ -143,19 +148,32 @@ class RemoteTeacher:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _lock=threading.Lock(), _heed=lambda: None)
+        for server in self._servers:
+            server.in_hand = 0
         self._open()
 
+    def answer_within(self, seconds: float) -> None:
+        """Give up after about so long from now on: somebody waits for every answer."""
+        own = self.options
+        self.options = replace(own, deadline_s=min(seconds, own.deadline_s), patience_s=min(seconds, own.patience_s))
+        self._client.timeout = self._timeout()
+
     def close(self) -> None:
-        """End the connections."""
+        """End the connections; who waits to ask again, does not."""
+        with self._lock:
+            self._ended = True
         self._pool.shutdown(wait=True, cancel_futures=True)
+        # what is in hand would not notice that its connection is closed, and wait for its answer all the longer
+        until = time.monotonic() + self.options.deadline_s + 20.0
+        while any(server.in_hand for server in self._servers) and time.monotonic() < until:
+            time.sleep(0.02)
         self._client.close()
 
     # --- a teacher ----------------------------------------------------------------------------------------------------
 
     def knows(self, corpus_fingerprint: str) -> bool:
-        """Whether the service has this corpus, so that rows are enough."""
-        corpus = self._info.get("corpus")
-        return corpus is not None and corpus["fingerprint"] == corpus_fingerprint
+        """Whether all servers have this corpus, so that rows are enough."""
+        return set(self._corpora) == {corpus_fingerprint}
 
     def prepare_rows(self, side: Side, rows: Ids) -> Inputs:
         """{"row": (N, 1)}."""
@@ -247,14 +265,13 @@ class RemoteTeacher:
         """The items of these rows, as a request names them."""
         chosen = torch.from_numpy(rows)
         if "row" in items:
-            corpus = self._info["corpus"]["fingerprint"]
-            return {f"{side}_ids": items["row"].cpu()[chosen, 0].numpy(), "corpus": corpus}
+            return {f"{side}_ids": items["row"].cpu()[chosen, 0].numpy(), "corpus": self._corpora[0]}
         name = "file" if side == "image" else "text"
         contents = _unpadded(items[name].cpu()[chosen], items[f"{name}_mask"].cpu()[chosen])
         return {f"{side}s": contents if side == "image" else [content.decode() for content in contents]}
 
     def _each(self, ask: Callable[[Any], None], parts: Sequence[Any]) -> None:
-        """Several at a time; the first error ends it, once what has begun has ended."""
+        """Several at a time; the first error ends it, and what has not begun is taken back."""
         if len(parts) == 1:
             ask(parts[0])
             return
@@ -317,12 +334,16 @@ class RemoteTeacher:
     def _post(self, server: _Server, path: str, content: bytes) -> tuple[int, bytes, float | None]:
         """Status, body and, where the server says when to come again, seconds."""
         with self._lock:
+            if self._ended:
+                raise RemoteTeacherError(_ENDS)
             server.in_hand += 1
         try:
-            answer = self._client.post(server.url + path, content=content, headers={"Content-Type": MSGPACK})
-            after = answer.headers.get("retry-after", "")
-            again = min(float(after), _LONGEST_PAUSE_S) if after.isdigit() else None
-            return answer.status_code, answer.content, again
+            kind = {"Content-Type": MSGPACK}
+            with self._client.stream("POST", server.url + path, content=content, headers=kind) as answer:
+                said = _bounded(answer.iter_bytes())
+                after = answer.headers.get("retry-after", "")
+                again = min(float(after), _LONGEST_PAUSE_S) if after.isdigit() else None
+                return answer.status_code, said, again
         finally:
             with self._lock:
                 server.in_hand -= 1
@@ -343,7 +364,8 @@ class RemoteTeacher:
     def _went_badly(self, server: _Server) -> None:
         with self._lock:
             server.failures += 1
-            server.rests_until = time.monotonic() + min(_LONGEST_PAUSE_S, 0.5 * 2**server.failures)
+            # bounded before it is a power: one that stays away fails thousands of times while another one answers
+            server.rests_until = time.monotonic() + min(_LONGEST_PAUSE_S, 0.5 * 2 ** min(server.failures, 10))
 
     def _check_identity(self, server: _Server, identity: str) -> None:
         if identity != self.identity:
@@ -397,7 +419,7 @@ class RemoteTeacher:
                 if threading.current_thread() is threading.main_thread():
                     self._heed()
                 if self._ended:
-                    raise RemoteTeacherError("the process ends")
+                    raise RemoteTeacherError(_ENDS)
                 time.sleep(min(rest, 0.2))
         finally:
             with self._lock:
@@ -408,6 +430,7 @@ class _NotYetError(Exception):
     """A server that is not there, or not ready."""
 
 
+_ENDS = "the process ends, or the teacher was closed"
 _KEPT = "What was scored is kept: the same command goes on."
 
 
@@ -417,6 +440,16 @@ def _pauses() -> Iterator[float]:
     while True:
         yield random.uniform(0, longest)  # noqa: S311  (not a secret)
         longest = min(2 * longest, _LONGEST_PAUSE_S)
+
+
+def _bounded(pieces: Iterator[bytes]) -> bytes:
+    """All of an answer; raises WireError where it has no end."""
+    said = bytearray()
+    for piece in pieces:
+        said += piece
+        if len(said) > _MOST_ANSWERED:
+            raise WireError(f"more than {_MOST_ANSWERED >> 20} MiB")
+    return bytes(said)
 
 
 def _transport_errors() -> tuple[type[Exception], ...]:
@@ -450,6 +483,8 @@ def _told(said: bytes) -> str:
 def _advice(status: int) -> str:
     if status in (401, 403):
         return f" (set {TOKEN_VARIABLE}, or teacher.token_file, to the service's token)"
+    if status == 409:
+        return " (it was started with another corpus than the service that was asked first: serve the same recipe)"
     return " (lower teacher.pairs_per_request)" if status == 413 else ""
 
 
@@ -474,6 +509,17 @@ def _unpadded(numbers: Tensor, mask: Tensor) -> list[bytes]:
     return [row[:length].numpy().tobytes() for row, length in zip(numbers, lengths, strict=True)]
 
 
+def _token(given: str | None) -> str | None:
+    """The token, else that of the environment; None where there is none. No message holds it."""
+    if given is None and not os.environ.get(TOKEN_VARIABLE, "").strip():
+        return None
+    token = (os.environ[TOKEN_VARIABLE] if given is None else given).strip()
+    if not carried(token):
+        where = TOKEN_VARIABLE if given is None else "teacher.token_file"
+        raise RemoteTeacherError(f"{where} holds no token: ASCII characters without spaces are expected")
+    return token
+
+
 def read_token(file: str | Path | None) -> str | None:
-    """The token in a file; None where no file is given."""
-    return None if file is None else Path(file).expanduser().read_text(encoding="utf-8").strip()
+    """The content of a file; None where no file is given."""
+    return None if file is None else Path(file).expanduser().read_text(encoding="utf-8")

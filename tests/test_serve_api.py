@@ -6,7 +6,9 @@ import asyncio
 import json
 import re
 import threading
+import time
 import zlib
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -25,8 +27,11 @@ from distill.serving.app import PAGE, build_app
 from distill.serving.engine import Engine
 from distill.serving.opening import Beside, open_engine
 from distill.serving.rerank import Reranker
+from distill.wire import NoAnswerError
 from students.dual import DualEncoder
+from teachers.remote import RemoteOptions
 from tests.exported import made_export, opened
+from tests.teacher_service.served import served
 
 SENTENCE = "a small red ring above a large blue square"
 
@@ -451,6 +456,43 @@ def test_when_too_many_wait_the_next_is_told_to_come_again(engine: Engine) -> No
     refused = next(answer for answer in answers if answer.status_code == 503)
     assert refused.headers["retry-after"] == "2"
     assert "try again" in refused.json()["error"]
+
+
+def test_a_teacher_elsewhere_re_ranks_and_one_that_is_gone_holds_nobody_up(
+    place: Path, x: Any, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distill.serving.opening.DISTANT_S", 1.0)
+    asked = {"text": SENTENCE, "k": 8, "rerank": True}
+
+    def unanswered() -> None:
+        with suppress(NoAnswerError):
+            by_it.reordered(found)
+
+    near = client.post("/search", json=asked).json()["hits"]
+    with ExitStack() as service:
+        url = service.enter_context(served(x.teacher, x.corpus))
+        elsewhere = opened(place, f"teacher={{kind: remote, urls: ['{url}']}}", "teach=null")
+        by_it = open_engine(place / "student", Beside(teacher=elsewhere, rerank=8), precision="fp32", say=list)
+        with TestClient(build_app(by_it), raise_server_exceptions=False) as other:
+            far = other.post("/search", json=asked).json()["hits"]
+            assert [hit["id"] for hit in far] == [hit["id"] for hit in near]
+            np.testing.assert_allclose(*([hit["teacher_score"] for hit in some] for some in (far, near)), atol=1e-4)
+            service.close()
+            began = time.monotonic()
+            answer = other.post("/search", json=asked)
+            assert time.monotonic() - began < 10
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "10")
+            assert "does not answer" in answer.json()["error"]
+            assert url not in answer.text
+            assert other.post("/search", json={"text": SENTENCE}).status_code == 200
+            found = by_it.search(SENTENCE, "image", depth=8)
+            by_it.reranker.teacher.options = RemoteOptions(patience_s=600)
+            waiting = threading.Thread(target=unanswered, daemon=True)
+            waiting.start()
+            time.sleep(0.5)
+            assert waiting.is_alive()
+        waiting.join(10)
+        assert not waiting.is_alive(), "a service that is told to end waits for nobody"
 
 
 class Lost:

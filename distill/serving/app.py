@@ -39,6 +39,7 @@ from distill.serving.schemas import (
     SearchRequest,
     _Strict,
 )
+from distill.wire import NoAnswerError
 
 log = logging.getLogger(__name__)
 PAGE = {"/": ("index.html", "text/html"), "/search.css": ("search.css", "text/css")}
@@ -51,7 +52,7 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
         413: f"More than {BODY_BYTES >> 20} MiB.",
         415: "Neither JSON nor a form.",
         422: "A value is out of range, or a picture cannot be read.",
-        503: "Too many requests wait; Retry-After says when to come again.",
+        503: "Too many requests wait, or a teacher elsewhere does not answer; Retry-After says when to come again.",
     }.items()
 }
 _BINARY = "application/octet-stream"
@@ -96,6 +97,7 @@ class _Service:
     @asynccontextmanager
     async def life(self, _: FastAPI) -> AsyncIterator[None]:
         yield
+        self.engine.close()
         for gate in self.gates.values():
             gate.close()
 
@@ -266,6 +268,12 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(BusyError)
     async def busy(_: Request, error: BusyError) -> Response:
         return JSONResponse({"error": "too many requests wait; try again in a moment"}, 503, {"Retry-After": "2"})
+
+    @app.exception_handler(NoAnswerError)
+    async def unanswered(_: Request, error: NoAnswerError) -> Response:
+        log.error("%s", error)  # with the teacher's address
+        told = "the teacher does not answer: search without re-ranking, or try again later"
+        return JSONResponse({"error": told}, 503, {"Retry-After": "10"})
 
     @app.exception_handler(DataError)
     async def lost(_: Request, error: DataError) -> Response:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distill.data.pictures import decode_image
+from distill.protocols import Distant
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -50,6 +51,11 @@ class Engine:
     pictures: PictureSource | None = None
     reranker: Reranker | None = None
     rerank: int = 32  # items of a shortlist that the teacher reads
+
+    def close(self) -> None:
+        """End what waits for a teacher elsewhere."""
+        if self.reranker is not None and isinstance(self.reranker.teacher, Distant):
+            self.reranker.teacher.close()
 
     def search(self, query: str | bytes, find: Side, *, depth: int) -> Found:
         """The ``depth`` items that are most similar to a sentence, or to an encoded picture.

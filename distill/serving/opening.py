@@ -6,6 +6,7 @@ import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from distill.protocols import Distant
 from distill.serving.catalog import Catalog, has_index
 from distill.serving.engine import Engine
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 _NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
 _NEEDED |= {"python_multipart": "python-multipart", "onnxruntime": "onnxruntime"}
+
+
+DISTANT_S = 10.0  # for a teacher elsewhere to re-rank, after which whoever searches hears that it does not answer
 
 
 class ServingError(ValueError):
@@ -137,6 +141,8 @@ def _reranker(x: Experiment, catalog: Catalog, pictures: PictureSource | None, s
     assert pictures is not None  # a teacher comes with a corpus
     teacher = x.teacher
     say(f"teacher: {type(teacher).__name__}, {teacher.score_kind}")
+    if isinstance(teacher, Distant):
+        teacher.answer_within(DISTANT_S)
     return Reranker(teacher, {"image": pictures.load, "text": catalog.texts}, device=x.accelerator.device)
 
 

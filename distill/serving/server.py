@@ -15,13 +15,13 @@ import uvicorn
 from distill.serving.opening import ServingError
 from distill.serving.patience import PatientProtocol
 from distill.stopping import heard_by
+from distill.wire import TOKEN_VARIABLE, carried
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fastapi import FastAPI
 
-TOKEN_VARIABLE = "DISTILL_TOKEN"  # noqa: S105  (the variable's name)
 LEAST_TOKEN = 16  # characters
 GRACE_S = 10  # for what is in hand when the service is told to end
 MOST_CONNECTIONS = 256
@@ -39,7 +39,7 @@ def read_token(file: Path | None) -> str | None:
     token = token.strip()
     if not token and file is None:
         return None
-    if len(token) < LEAST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
+    if len(token) < LEAST_TOKEN or not carried(token):
         raise ServingError(
             f"{where} holds no token that would do: it needs {LEAST_TOKEN} or more ASCII characters without spaces, "
             "such as those of: openssl rand -hex 32"

@@ -102,6 +102,7 @@ def replicas(
                 name="teacher",
                 num_replicas=placed.replicas,
                 max_ongoing_requests=_ONGOING,
+                max_queued_requests=_ONGOING,  # in each proxy; without it as many as come
                 graceful_shutdown_timeout_s=front.grace_s,
                 ray_actor_options={**actor, "runtime_env": {"env_vars": environment(placed.threads)}},
             )(serve.ingress(app)())

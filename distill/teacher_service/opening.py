@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from distill.protocols import SIDES, Distant
+from distill.protocols import SIDES
 from distill.serving.app import distribution_version
 from distill.serving.opening import ServingError, check_teacher
 from distill.teacher_service.engine import Engine
@@ -37,14 +37,10 @@ def open_engine(
     """
     from distill.towers import width_of
 
-    check_teacher(x)
+    check_served(x)
     corpus = x.corpus
     say(f"corpus: {corpus.name}, {corpus.n_images} pictures, {corpus.n_texts} captions")
     teacher = x.teacher
-    if isinstance(teacher, Distant):
-        raise ServingError(
-            "the recipe's teacher is a service already: ask that one, or give a recipe with a checkpoint"
-        )
     split = corpus.split(next(iter(corpus.splits)))
     dim = width_of(teacher, corpus, split.ids)
     say(f"teacher: {type(teacher).__name__}, {teacher.score_kind}, {teacher.identity}")
@@ -63,6 +59,19 @@ def open_engine(
     say(f"store: {store.stats().pairs} pairs in {store.folder}")
     engine = Engine(teacher, items, store, settings, x.accelerator.device)
     return engine, _info(teacher, dim, corpus, limits)
+
+
+def check_served(x: Experiment) -> None:
+    """Refuse what is no one taught model of this machine, before anything is loaded or asked.
+
+    Raises:
+        ServingError: with what to give in its place.
+    """
+    if x.recipe.teacher.kind == "remote":
+        raise ServingError(
+            f"the teacher of {x.recipe.name} is a service already: ask that one, or give a recipe with a checkpoint"
+        )
+    check_teacher(x)
 
 
 def _info(teacher: Any, dim: int | None, corpus: Any, limits: Limits) -> Info:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -51,6 +52,11 @@ def broken_off(answer: bytes) -> tuple[int, bytes, dict[str, str]]:
 
 def garbage(_: bytes) -> tuple[int, bytes, dict[str, str]]:
     return 200, b"<html>a proxy's page</html>", {}
+
+
+def without_an_end(answer: bytes) -> tuple[int, bytes, dict[str, str]]:
+    """Small on the way, and four times what is taken when it is unpacked."""
+    return 200, gzip.compress(answer + bytes(256 << 20), compresslevel=1), {"Content-Encoding": "gzip"}
 
 
 def closed(_: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import socket
 import threading
 import time
 from contextlib import ExitStack, suppress
@@ -27,6 +28,7 @@ from tests.teacher_service.meddling import (
     meddling,
     status,
     without_a_pair,
+    without_an_end,
 )
 from tests.teacher_service.served import served, store_of
 from tests.toys import ToyTeacher, expected_scores, toy_corpus
@@ -171,6 +173,15 @@ def test_a_spoiled_answer_is_asked_for_again(url, connect, fault):
         assert len(set(between.asked)) == 1
 
 
+def test_an_answer_without_an_end_is_not_taken_to_its_end(url, connect):
+    with meddling(url) as between:
+        remote = connect(between.url, options=RemoteOptions(pairs_per_request=288, connections=1, patience_s=0.1))
+        between.faults += [without_an_end]
+        remote._answered_at = 0.0
+        with pytest.raises(RemoteTeacherError, match=r"cannot be used \(more than 64 MiB\)"):
+            scores_by(remote)
+
+
 @pytest.mark.parametrize(
     ("code", "told"),
     [
@@ -234,6 +245,29 @@ def test_servers_of_different_teachers_are_refused(url, connect):
         connect(url, other)
 
 
+def test_servers_with_different_corpora_get_what_the_items_are(url, connect):
+    with served(ToyTeacher(), toy_corpus(12, captions=3)) as other, meddling(other) as between:
+        for urls in ((url, between.url), (between.url, url)):
+            remote = connect(*urls, options=RemoteOptions(pairs_per_request=16, connections=2))
+            assert not remote.knows(CORPUS.fingerprint)
+            np.testing.assert_array_equal(scores_by(remote), expected_scores(IMAGES, TEXTS))
+        assert between.asked
+        assert all("images" in unpacked(body) for body in between.asked)
+
+
+def test_a_server_that_comes_later_with_another_corpus_is_said(url, connect):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    remote = connect(url, f"http://127.0.0.1:{port}", options=RemoteOptions(pairs_per_request=8, connections=2))
+    remote._servers[1].rests_until = 0.0
+    with (
+        served(ToyTeacher(), toy_corpus(12, captions=3), port=port),
+        pytest.raises(RemoteTeacherError, match="started with another corpus .* serve the same recipe"),
+    ):
+        scores_by(remote)
+
+
 def test_a_token_is_asked_for_and_a_wrong_one_is_said_at_once(toy, connect, monkeypatch):
     with served(toy, CORPUS, token="0123456789abcdef") as address:
         for token in (None, "wrong"):
@@ -246,6 +280,16 @@ def test_a_token_is_asked_for_and_a_wrong_one_is_said_at_once(toy, connect, monk
         )
         monkeypatch.setenv("DISTILL_TOKEN", "0123456789abcdef")
         assert connect(address).identity == toy.identity
+
+
+def test_a_token_is_read_as_the_service_reads_it_and_what_is_none_is_said_without_it(toy, connect, monkeypatch):
+    with served(toy, CORPUS, token="0123456789abcdef") as address:
+        monkeypatch.setenv("DISTILL_TOKEN", "0123456789abcdef\n")
+        assert connect(address).identity == toy.identity
+        for wrong in ("", "0123456789\nabcdef", "0123456789 abcdef", "schl\u00fcssel-schl\u00fcssel"):
+            with pytest.raises(RemoteTeacherError, match="token_file holds no token") as told:
+                connect(address, token=wrong)
+            assert not wrong or wrong not in str(told.value)
 
 
 def test_a_server_that_goes_and_comes_again_is_waited_for(toy, connect):
@@ -281,6 +325,16 @@ def test_requests_go_to_both_servers_and_to_one_where_the_other_dies(connect):
     for found in answers:
         np.testing.assert_array_equal(found, expected_scores(IMAGES, TEXTS))
     assert len(answers) == 3
+
+
+def test_a_server_that_stays_away_for_days_costs_no_more_than_a_try_now_and_then(url, connect):
+    away = "http://127.0.0.1:9"
+    remote = connect(away, url)
+    server = next(one for one in remote._servers if one.url == away)
+    server.failures, server.rests_until = 100_000, 0.0
+    np.testing.assert_array_equal(scores_by(remote), expected_scores(IMAGES, TEXTS))
+    assert server.failures > 100_000, "it was tried"
+    assert 0 < server.rests_until - time.monotonic() <= 15
 
 
 def test_nobody_answers_for_longer_than_patience(url, connect):
@@ -353,6 +407,30 @@ def test_what_is_told_to_end_while_it_waits_ends(url, connect):
         with suppress(RemoteTeacherError):
             remote._pool.shutdown(wait=True)  # nobody goes on trying
         assert time.monotonic() < ends_at[0] + 8
+
+
+def test_who_asks_a_teacher_that_is_closed_waits_no_longer(url, connect):
+    with meddling(url) as between:
+        remote = connect(between.url, options=RemoteOptions(connections=1, patience_s=600))
+        between.faults += [closed] * 1000
+        told = []
+
+        def ask():
+            try:
+                scores_by(remote)
+            except RemoteTeacherError as error:
+                told.append(str(error))
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        time.sleep(0.5)
+        assert asking.is_alive()
+        remote.close()
+        asking.join(5)
+        assert not asking.is_alive()
+        assert "was closed" in told[0]
+        with pytest.raises(RemoteTeacherError, match="was closed"):
+            scores_by(remote, images=IMAGES[:8], texts=TEXTS[:8])
 
 
 def test_limits_of_the_service_are_said(connect):

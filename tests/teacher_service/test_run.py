@@ -18,11 +18,15 @@ import pytest
 
 from distill.data.scenes import make_scenes
 from distill.embed import embed, live_source
+from distill.preflight import PreflightError, claim
 from distill.store import ScoreStore
 from distill.wire import MSGPACK, packed, read_scored
 from students.dual import DualEncoder
 from tests.serving import ROOT, environment
+from tests.teacher_service.served import served
+from tests.test_groups import experiment
 from tests.test_wrong_recipes import distill
+from tests.toys import ToyTeacher
 
 ARMS = ("plain", "distilled", "beside")
 DATA = ["data.train=120", "data.val=20", "data.test=24"]
@@ -230,6 +234,17 @@ def test_what_cannot_be_served_is_said_before_anything_is_loaded(tmp_path: Path)
     untaught = distill("serve", "teacher", "quickstart", "--port", "0", folder=tmp_path, settings=[*DATA])
     assert untaught.returncode == 2
     assert "has no taught teacher yet" in untaught.stderr
+    service_already = distill(
+        "serve",
+        "teacher",
+        "quickstart",
+        "--port",
+        "0",
+        folder=tmp_path,
+        settings=[*DATA, *remote("http://127.0.0.1:9")],
+    )
+    assert service_already.returncode == 2
+    assert "is a service already" in service_already.stderr
     nothing = distill("serve", "teacher", str(tmp_path), "--port", "0", folder=tmp_path)
     assert nothing.returncode == 2
     assert "has no recipe.yaml" in nothing.stderr
@@ -238,3 +253,28 @@ def test_what_cannot_be_served_is_said_before_anything_is_loaded(tmp_path: Path)
     )
     assert abroad.returncode == 2
     assert "a token is needed" in abroad.stderr
+
+
+def test_a_run_goes_on_with_the_teacher_that_it_began_with_wherever_that_is(tmp_path: Path) -> None:
+    with (
+        served(ToyTeacher()) as here,
+        served(ToyTeacher()) as there,
+        served(ToyTeacher(name="other")) as other,
+    ):
+
+        def claimed(url: str, *own: str, resume: bool) -> dict[str, str]:
+            x = experiment(tmp_path, *remote(url), *own)
+            try:
+                claim(x, resume=resume)
+            finally:
+                x.teacher.close()
+            return note_of(x.folder)
+
+        begun = claimed(here, resume=False)
+        assert claimed(there, resume=True) == begun
+        assert claimed(there, f"teacher.identity={begun['identity']}", resume=True) == begun
+        with pytest.raises(PreflightError, match=r"was begun with \w+: serve that one again"):
+            claimed(other, resume=True)
+        (recipe,) = tmp_path.rglob("recipe.yaml")
+        recipe.unlink()  # as a run leaves its folder that is killed before it has begun
+        assert claimed(other, resume=False) != begun
