@@ -37,6 +37,9 @@ Gpus = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="cores of each worker; shared out when absent")]
 Address = Annotated[str, typer.Option("--address", help="of a Ray cluster; one on this machine when absent")]
+RowsPerUnit = Annotated[  # a unit's file counts its numbers in 32 bits
+    int, typer.Option("--rows-per-unit", min=1, max=1 << 18, help="what a kill can lose")
+]
 Side_ = Literal["both", "image", "text"]
 
 
@@ -115,7 +118,7 @@ def embed_command(opening: Opening) -> Callable[..., None]:
         teacher: Annotated[bool, typer.Option("--teacher", help="the teacher's own contrastive head")] = False,
         split: Annotated[str, typer.Option("--split", help="of the data; all of it when absent")] = "",
         side: Annotated[Side_, typer.Option("--side", help="of what")] = "both",
-        rows_per_unit: Annotated[int, typer.Option("--rows-per-unit", min=1, help="what a kill can lose")] = 8192,
+        rows_per_unit: RowsPerUnit = 8192,
         index: Annotated[str, typer.Option("--index", metavar="FACTORY", help="FAISS indexes too: Flat, ...")] = "",
         driver: DriverOption = "ranks",
         workers: Workers = "2",
@@ -152,11 +155,13 @@ def embedded(x: Experiment, wanted: Wanted, driver: Driver | None, *, index: str
     from distill.drivers.ranks import RanksDriver
 
     embedder = Embedder(x, wanted.arm)
-    made = plan_vectors(x, embedder, wanted).folder if x.ranks.first else None
-    plan = Plan.open(next(folder for folder in x.ranks.told_by_all(made) if folder is not None))
-    units = units_of(plan)
-    there = units.there()
-    task = Task(plan, [number for number, name in enumerate(plan.names) if name not in there], units.there)
+    plan = plan_vectors(x, embedder, wanted) if x.ranks.first else None
+    there = set() if plan is None else units_of(plan).there()
+    # what the first one has seen, for all: another command may add units meanwhile, and ranks must share out the same
+    folder, there = x.ranks.told_by_all((plan.folder if plan is not None else None, there))[0]
+    assert folder is not None
+    plan = plan or Plan.open(folder)
+    task = Task(plan, [n for n, name in enumerate(plan.names) if name not in there], units_of(plan).there)
     if driver is None:
         driver = RanksDriver(x.ranks, lambda task: EmbedJob(task.plan, x, embedder))
     if task.numbers:

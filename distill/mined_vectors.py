@@ -65,7 +65,9 @@ def _in_shards(x: Experiment, of: Round, student: Any, side: Side, ids: Ids) -> 
     shard_items = x.recipe.mine.shard_items
     assert shard_items is not None
     folder, batch_size = of.shards(side), x.recipe.evaluate.batch_size
-    identity = fingerprint(x.corpus.fingerprint, side, weights_fingerprint(student), x.ranks.count, batch_size)
+    # with how they are cut: whoever goes on with smaller shards ran out of memory with those that lie here
+    how = (x.ranks.count, batch_size, shard_items, ids)
+    identity = fingerprint(x.corpus.fingerprint, side, weights_fingerprint(student), *how)
     part, count, own = x.ranks.index, x.ranks.count, x.ranks.share(len(ids))
 
     def writer() -> ShardWriter:

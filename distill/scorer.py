@@ -109,7 +109,7 @@ class TeacherScorer:
         reports = self.ranks.told_by_all(report)
         self.timings.count(
             asked=sum(each.asked for each in reports) - report.asked,  # the others'
-            served=sum(each.served_from_store for each in reports),
+            served=report.served_from_store,  # each of them counts all
         )
         if self.ranks.count > 1 or self.elsewhere is not None:  # the others' units are news to this store
             self.store.refresh()

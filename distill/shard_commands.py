@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -34,12 +34,12 @@ def write(
     from distill.protocols import fingerprint
     from distill.shard_writer import blocks_of, write_shards
 
-    whole = np.load(vectors, mmap_mode="r", allow_pickle=False)
-    if whole.ndim != 2:
-        raise ValueError(f"{vectors} must hold (N, D) vectors, got {whole.shape}")
-    own = np.arange(len(whole)) if ids is None else np.load(ids, allow_pickle=False)
-    if own.shape != whole.shape[:1]:
-        raise ValueError(f"{ids} must hold ({len(whole)},) ids, got {own.shape}")
+    whole = _array(vectors)
+    if whole.ndim != 2 or not np.issubdtype(whole.dtype, np.floating):
+        raise ValueError(f"{vectors} must hold (N, D) vectors of floats, got {whole.dtype} {whole.shape}")
+    own = np.arange(len(whole)) if ids is None else _array(ids)
+    if own.shape != whole.shape[:1] or not np.issubdtype(own.dtype, np.integer):
+        raise ValueError(f"{ids} must hold ({len(whole)},) ids, got {own.dtype} {own.shape}")
     identity = fingerprint("file", sha256_of(vectors))
     found = write_shards(folder, identity, own, blocks_of(whole), dim=whole.shape[1], shard_items=items)
     typer.echo(f"{len(found)} vectors of {found.dim} numbers in {len(found.shards)} shards: {folder}")
@@ -83,6 +83,18 @@ def merge(items: Items, queries: Queries, k: K, out: Out, factory: Factory = "Fl
         path = out / f"neighbours-{number:05d}.npz"
         write_atomically(path, partial(np.savez, query_ids=query_ids, similarity=similarity, ids=ids))
         typer.echo(f"{path}: {len(query_ids)} queries, {k} items each")
+
+
+def _array(path: Path) -> Any:
+    """Mapped from a .npy file."""
+    import numpy as np
+
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {path}") from None
+    except (ValueError, EOFError):
+        raise ValueError(f"{path} is no .npy file of numbers, or is torn: write one with numpy.save") from None
 
 
 def _part(given: str) -> tuple[int, int]:

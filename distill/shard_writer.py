@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 _HEADER = 128  # bytes of a .npy header, for any of these shapes
 _SHOWN = 5
+_COUNT = re.compile(r"done-\d+-of-\d+")
+_SHARD = re.compile(r"\d{5,}\.(?:vectors|ids)\.npy")
 
 
 class ShardWriter:
@@ -45,7 +49,7 @@ class ShardWriter:
             ids: (N,) ascending, distinct, not negative.
             dim: width D.
             shard_items: most items of a shard.
-            part: whose count of calls; a name that is one of a file.
+            part: whose count of calls, as "0-of-1".
 
         Raises:
             ValueError: ids that are not as said, or no items.
@@ -82,7 +86,8 @@ class ShardWriter:
         order = np.argsort(rows, kind="stable")
         rows, vectors = np.asarray(rows)[order], np.ascontiguousarray(vectors[order], "<f4")
         cuts = np.flatnonzero((np.diff(rows) != 1) | (np.diff(rows // self._items) != 0)) + 1
-        for start, stop in zip([0, *cuts.tolist()], [*cuts.tolist(), len(rows)], strict=True):
+        borders = [0, *cuts.tolist(), len(rows)] if len(rows) else []
+        for start, stop in itertools.pairwise(borders):
             number, at = divmod(int(rows[start]), self._items)
             path = self.folder / vectors_name(number)
             with writing(path), open(path, "r+b", buffering=0) as file:
@@ -122,9 +127,13 @@ class ShardWriter:
         }
         text = json.dumps(about, indent=1).encode()
         write_atomically(self.folder / MANIFEST, lambda file: file.write(text))
-        for path in (*self.folder.glob("done-*"), self.folder / PLAN):
+        for path in (*self._own(_COUNT), self.folder / PLAN):
             path.unlink(missing_ok=True)
         return Shards(self.folder)
+
+    def _own(self, name: re.Pattern[str]) -> list[Path]:
+        """Files that a writer has made; the folder may hold others."""
+        return [path for path in self.folder.iterdir() if name.fullmatch(path.name)]
 
     def _files(self) -> Iterator[tuple[Path, int]]:
         """Each shard's file of vectors, and how many it holds."""
@@ -137,7 +146,7 @@ class ShardWriter:
         )
 
     def _begin(self, plan: dict[str, Any]) -> None:
-        for path in (*self.folder.glob("done-*"), *self.folder.glob("*.npy"), self.folder / MANIFEST):
+        for path in (*self._own(_COUNT), *self._own(_SHARD), self.folder / MANIFEST):
             path.unlink(missing_ok=True)
         needed, system = 4 * self._dim * len(self._ids), os.statvfs(self.folder)
         if needed > system.f_bavail * system.f_frsize:
@@ -162,15 +171,22 @@ def write_shards(
     After a kill, the blocks that are on disk are passed over: ``blocks`` must be cut as it was.
 
     Raises:
-        ValueError: as ``ShardWriter``, or more or fewer vectors than ids.
+        ValueError: as ``ShardWriter``, more or fewer vectors than ids, or the folder is complete with other vectors,
+            other ids or shards of another size.
     """
     ids = _checked_ids(ids)
     try:
         found = Shards(folder, identity=identity)
-        if np.array_equal(found.ids, ids) and found.dim == dim:
-            return found
     except FileNotFoundError:
         pass
+    else:
+        sizes = [part.stop - part.start for part in exact.blocks(len(ids), shard_items)]
+        if np.array_equal(found.ids, ids) and found.dim == dim and [each.items for each in found.shards] == sizes:
+            return found
+        raise ValueError(
+            f"{found.folder} holds these vectors under other ids or in shards of another size, the first of "
+            f"{found.shards[0].items} items: use another folder, or delete this one"
+        )
     writer = ShardWriter(folder, identity, ids, dim, shard_items=shard_items)
     start, skipped = 0, writer.done
     for number, block in enumerate(blocks):

@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 
 from distill.sampler import share_of
+from distill.timings import Summary
 from tests.test_run import TINY
 from tests.test_wrong_recipes import ROOT
 
@@ -110,6 +111,9 @@ def test_candidates_are_the_same_and_no_pair_was_scored_twice(runs: dict[int, Pa
     assert said[0] == pytest.approx(said[1], rel=1e-4)
     assert said[0]["candidates/above_match/i2t"] > 0
     assert said[0]["teacher/asked"] > 0
+    counted = [{name: Summary.read(runs[n] / RUN).counted(name) for name in ("asked", "served")} for n in (1, 2)]
+    assert counted[0] == counted[1]
+    assert counted[0]["served"] > 0
 
 
 def test_weights_are_equal_up_to_rounding(runs: dict[int, Path]) -> None:

@@ -109,6 +109,26 @@ def test_killed_between_embedding_and_the_end_of_mining_nothing_is_embedded_agai
     assert not of.shards("image").exists()
 
 
+def test_a_run_goes_on_with_smaller_shards_than_those_that_lie_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = mined(experiment(tmp_path / "one", *SMALL))
+    with monkeypatch.context() as patch:
+        patch.setattr(mined_vectors, "index_over", lambda *_: (_ for _ in ()).throw(MemoryError("too large")))
+        with pytest.raises(MemoryError):
+            first_candidates(experiment(tmp_path / "cut", *SMALL, "mine.shard_items=90"))
+    x = experiment(tmp_path / "cut", *SMALL, "mine.shard_items=20")
+    sizes, index_over = [], mined_vectors.index_over
+
+    def seen(x: Any, vectors: Any, ids: Any) -> Any:
+        sizes.extend(shard.items for shard in vectors.shards)
+        return index_over(x, vectors, ids)
+
+    monkeypatch.setattr(mined_vectors, "index_over", seen)
+    assert_same(whole, mined(x))
+    assert max(sizes) == 20
+
+
 def test_a_spoilt_shard_stops_the_run_by_name_and_another_student_s_are_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -310,6 +310,29 @@ def test_what_was_begun_for_something_else_is_begun_anew(tmp_path: Path, change:
     assert ShardWriter(tmp_path, identity, ids, 4, shard_items=size).done == 0
 
 
+def test_other_files_in_the_folder_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = unit(np.random.default_rng(0), 20, 4)
+    monkeypatch.chdir(tmp_path)
+    np.save("items.npy", items)
+    Path("done-list").touch()
+    for size in (6, 7):  # begun anew for another size
+        ShardWriter(tmp_path, "made", np.arange(20), 4, shard_items=size)
+    done = CliRunner().invoke(app, ["write", "items.npy", ".", "--items", "8"])
+    assert done.exit_code == 0, done.output
+    np.testing.assert_array_equal(np.load("items.npy"), items)
+    assert Path("done-list").exists()
+    assert sorted(path.name for path in tmp_path.glob("*.vectors.npy")) == [f"0000{n}.vectors.npy" for n in range(3)]
+
+
+@pytest.mark.parametrize("change", ["ids", "size"])
+def test_what_is_complete_in_another_way_is_neither_taken_nor_thrown_away(tmp_path: Path, change: str) -> None:
+    items = unit(np.random.default_rng(0), 20, 4)
+    written(tmp_path, items, np.arange(20), 6)
+    with pytest.raises(ValueError, match="the first of 6 items: use another folder"):
+        written(tmp_path, items, np.arange(20) + (change == "ids"), 7 if change == "size" else 6)
+    np.testing.assert_array_equal(Shards(tmp_path)[:], items)
+
+
 def test_a_full_disk_is_said_before_and_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OSError, match="vectors of 1000000000 numbers need .* free: make room"):
         ShardWriter(tmp_path, "made", np.arange(100_000), 10**9, shard_items=10)
@@ -343,6 +366,14 @@ def test_the_commands_cut_search_in_parts_and_merge(tmp_path: Path, monkeypatch:
     np.save("ids.npy", np.arange(49))
     done = runner.invoke(app, ["write", "items.npy", "other", "--items", "9", "--ids", "ids.npy"])
     assert "must hold (50,) ids" in str(done.exception)
+    np.save("ids.npy", np.arange(50) / 2)
+    done = runner.invoke(app, ["write", "items.npy", "other", "--items", "9", "--ids", "ids.npy"])
+    assert "must hold (50,) ids, got float64 (50,)" in str(done.exception)
+    Path("text.npy").write_text("no array")
+    for name, words in (("text.npy", "is no .npy file of numbers"), ("gone.npy", "there is no file gone.npy")):
+        done = runner.invoke(app, ["write", name, "other", "--items", "9"])
+        assert words in str(done.exception)
+    assert not Path("other").exists()
 
 
 def test_one_shard_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

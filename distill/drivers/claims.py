@@ -12,6 +12,7 @@ import fcntl
 import os
 import time
 from contextlib import closing
+from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
 from distill.durable import writing
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from distill.drivers.plan import Plan
 
 _POLL_S = 0.2
+MOST_UNITS_AT_ONCE = 8  # in one process's hands
 
 
 class Job(Protocol):
@@ -34,6 +36,9 @@ class Job(Protocol):
     def there(self) -> set[str]:
         """Names of the units whose files are there; nothing is read."""
 
+    def is_there(self, number: int) -> bool:
+        """Whether the file of this unit is; without a look at all others, of which there may be a million."""
+
     def do(self, numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Do these units; yields (number, items) of each once its file is there."""
 
@@ -44,21 +49,23 @@ def done_by(job: Job, numbers: Sequence[int]) -> Iterator[tuple[int, int, bool]]
     One that is there is passed on; one that another process has in hand is waited for.
     """
     with closing(Claims(job.plan.folder)) as claims:
-        left = list(numbers)
+        left = dict.fromkeys(numbers)
         while left:
-            own = [number for number in left if claims.take(number)]
-            there = job.there()  # after the claims: a unit that is not there now is in nobody else's hands
-            names = job.plan.names
-            for number in [number for number in left if names[number] in there]:
-                left.remove(number)
-                claims.drop(number)
-                yield number, job.plan.size(number), False
-            own = [number for number in own if number in left]
-            for number, items in job.do(own) if own else ():
-                left.remove(number)
+            # Some at a time: what waits here may be done by another command on the same plan meanwhile.
+            own = list(islice((number for number in left if claims.take(number)), MOST_UNITS_AT_ONCE))
+            to_do = []
+            for number in own:
+                if job.is_there(number):  # after the claim: one that is not there now is in nobody else's hands
+                    del left[number]
+                    claims.drop(number)
+                    yield number, job.plan.size(number), False
+                else:
+                    to_do.append(number)
+            for number, items in job.do(to_do) if to_do else ():
+                del left[number]
                 claims.drop(number)
                 yield number, items, True
-            if left:
+            if not own:
                 time.sleep(_POLL_S)
 
 

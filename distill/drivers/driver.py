@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from distill.drivers.claims import MOST_UNITS_AT_ONCE
 from distill.drivers.worker import unit_of
 from distill.progress import Progress
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 DriverName = Literal["ranks", "local", "slurm", "ray"]
-MOST_UNITS_AT_ONCE = 8
 
 
 class DriverError(RuntimeError):

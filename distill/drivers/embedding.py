@@ -191,13 +191,20 @@ class EmbedJob:
         """Names of the units whose files are there."""
         return self._units.there()
 
+    def is_there(self, number: int) -> bool:
+        """Whether the file of this unit is there."""
+        return self._units.path(self._side(number), self.plan.names[number]).is_file()
+
+    def _side(self, number: int) -> Side:
+        side: Side = self.plan.options["sides"][int(self.plan.cuts[number, 0])]
+        return side
+
     def do(self, numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Embed these units into their files; a signal is heeded after each."""
         from distill import stopping
 
         for number in numbers:
-            place, start, stop = self.plan.cuts[number].tolist()
-            side: Side = self.plan.options["sides"][place]
+            side, (start, stop) = self._side(number), self.plan.cuts[number, 1:].tolist()
             rows = self.plan.arrays[_ARRAYS[side]][start:stop]
             with stopping.finishing():
                 vectors = self._embedder.embed(rows, side, live=side in self.plan.options["live"])

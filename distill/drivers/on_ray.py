@@ -11,6 +11,7 @@ import importlib
 import logging
 import os
 import signal
+import sys
 import uuid
 import warnings
 from contextlib import contextmanager, suppress
@@ -80,6 +81,8 @@ class RayDriver:
         """``address`` of a cluster; empty: one on this machine, for the time of the work. Raises MissingRayError."""
         self.least, self.most, self.gpus, self.address = least, most, gpus or 0.0, address
         self.threads = threads or (1 if address else max(1, cores() // most))
+        if not address:
+            settle_own_cluster()
         self._ray = ray_module()
 
     def run(self, task: Task, done: Callable[[int], object]) -> None:
@@ -179,7 +182,12 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def settle_own_cluster() -> None:
-    """How a cluster that this process starts is to be; Ray Serve reads some of it when it is imported."""
+    """How a cluster that this process starts is to be. Before Ray is imported: it looks at its environment only then.
+
+    Later, this process would know of no token, and the cluster that it starts would ask it for one.
+    """
+    if "ray" in sys.modules:
+        return
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_AUTH_MODE", "token")  # its ports listen on every interface
 
@@ -195,7 +203,11 @@ def cluster(ray: Any, address: str) -> Iterator[None]:
     if address:
         about["address"] = address
     else:
-        settle_own_cluster()
+        if "RAY_AUTH_MODE" not in os.environ:
+            raise DriverError(
+                "Ray was imported before it could be told that its cluster is to ask for a token: set "
+                "RAY_AUTH_MODE=token in the environment of this command"
+            )
         # "local", or Ray would join whatever cluster somebody has started on this machine
         about |= {"address": "local", "include_dashboard": False, "object_store_memory": _OBJECT_STORE}
     try:

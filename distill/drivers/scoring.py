@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill.drivers.plan import Plan, PlanError, write_plan
 from distill.protocols import fingerprint
-from distill.unit import list_units
+from distill.unit import list_units, unit_path
 from distill.work import Work, unit_names, work_of
 
 if TYPE_CHECKING:
@@ -90,6 +90,10 @@ class ScoreJob:
     def there(self) -> set[str]:
         """Names of the store's units."""
         return set(list_units(self._store.folder))
+
+    def is_there(self, number: int) -> bool:
+        """Whether the store has this unit."""
+        return unit_path(self._store.folder, self.plan.names[number]).is_file()
 
     def do(self, numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Score these units into the store."""

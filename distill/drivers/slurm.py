@@ -22,7 +22,7 @@ _SCRIPT = """#!/bin/bash
 #SBATCH --cpus-per-task={threads}
 {gpus}#SBATCH --requeue
 #SBATCH --signal=B:TERM@120
-#SBATCH --output={logs}/slurm-%A_%a.log
+#SBATCH --output={output}
 #SBATCH --open-mode=append
 # Task i does every {tasks}-th unit from unit i, passing over those that are there. Told to stop (two minutes before the
 # time is up, or when it is preempted) it ends after the unit in hand with exit code 143; submitted again, it goes on.
@@ -70,7 +70,7 @@ class SlurmDriver:
             tasks=tasks,
             threads=self.threads,
             gpus=f"#SBATCH --gpus-per-task={self.gpus}\n#SBATCH --ntasks=1\n" if self.gpus else "",
-            logs=logs,
+            output=shlex.quote(f"{str(logs).replace('%', '%%')}/slurm-%A_%a.log"),
             folder=shlex.quote(str(plan.working_folder)),
             command=f"{shlex.quote(sys.executable)} -m distill",
             plan=shlex.quote(str(plan.folder)),

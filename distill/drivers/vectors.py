@@ -65,7 +65,7 @@ class VectorUnits:
         table = pyarrow.table({"row": rows, "vector": pyarrow.ListArray.from_arrays(offsets, flat)})
         footer = {**self._footer(side, self.name(side, rows)), "width": str(vectors.shape[1])}
         content = seal(table, footer, compression="none")  # vectors do not shrink
-        write_atomically(self._path(side, self.name(side, rows)), lambda file: file.write(content))
+        write_atomically(self.path(side, self.name(side, rows)), lambda file: file.write(content))
 
     def read(self, side: Side, rows: Ids) -> Vectors:
         """The vectors (N, D) of the unit of these rows.
@@ -74,7 +74,7 @@ class VectorUnits:
             BadVectorsError: torn, altered, or of something else.
         """
         name = self.name(side, rows)
-        path = self._path(side, name)
+        path = self.path(side, name)
         try:
             footer, (found, vectors) = unseal(path.read_bytes(), ("row", "vector"))
             expected = self._footer(side, name)
@@ -87,7 +87,8 @@ class VectorUnits:
         array: Vectors = vectors.values.to_numpy().reshape(len(rows), int(footer["width"]))
         return array
 
-    def _path(self, side: Side, name: str) -> Path:
+    def path(self, side: Side, name: str) -> Path:
+        """File of the unit of this name."""
         return self.folder / f"{side}-{name}.parquet"
 
     def _footer(self, side: Side, name: str) -> dict[str, str]:

@@ -12,14 +12,14 @@ from typing import Literal
 
 from distill.experiment import PREPARED_AT_ONCE
 from distill.pipeline import Stretch, cut_into_rounds
-from distill.planning.loads import CROWDING, FRESH, asked_first, asked_later, own_subset, step_load
+from distill.planning.loads import CROWDING, FRESH, asked_first, asked_later, asked_share, sources_of, step_load
 from distill.planning.measured import Measured, Shape, Source
 from distill.planning.ranges import NOTHING, Known, Range, as_range, total
 from distill.protocols import SIDES, Side
 from distill.recipe.experiment import Recipe
 
 Growth = Literal["constant", "items", "pairs", "steps", "queries x items"]
-Spread = Literal["one", "any", "ranks", "searches"]
+Spread = Literal["one", "any", "items", "ranks", "searches"]
 PREPARE, TEACH, EMBED, MINE, SCORE, MAPS, EVALUATE, REPORT, START = (
     "prepare", "teach", "embed", "mine", "score", "maps", "evaluate", "report", "start",
 )  # fmt: skip
@@ -41,8 +41,8 @@ class Stage:
         host: Seconds of a processor beside the models.
         device: Seconds of the models.
         wall: Seconds of one process that does all of it.
-        spread: What can share it: ``one`` process; ``any`` way of many; ``ranks`` of one launch alone; ``searches``:
-            as ranks, each with the whole index.
+        spread: What can share it: ``one`` process; ``any`` way of many; ranks of one launch alone, by ``items``, or in
+            training (``ranks``), or by queries, each with the whole index (``searches``).
         calls: Pairs asked of the teacher.
     """
 
@@ -91,6 +91,7 @@ class Estimator:
 
     def __init__(self, recipe: Recipe, shape: Shape, measured: Measured, assumed: Assumed | None = None) -> None:
         self._r, self._s, self._m, self._a = recipe, shape, measured, assumed or Assumed()
+        self._sources = sources_of(recipe, shape, measured)
         self.rounds = cut_into_rounds(recipe.train, recipe.mine, shape.pairs)
         arms = recipe.arms.values()
         self._mines = any(arm.uses_candidates for arm in arms)
@@ -141,7 +142,7 @@ class Estimator:
 
     def _prepare(self) -> Stage:
         cost, what = Cost(), dict[str, float]()
-        for source in self._m.sources:
+        for source in self._sources:
             if source.kind != "live":
                 count = self._items(source.side)
                 cost += self._made(source) * count
@@ -164,7 +165,7 @@ class Estimator:
 
     def _live(self, user: str, side: Side) -> Cost:
         """What an item's inputs cost at each use; nothing where they are kept."""
-        for source in self._m.sources:
+        for source in self._sources:
             if source.side == side and user in source.users and source.kind == "live":
                 return on_host(source.host / (_DECODERS if side == "image" else 1))
         return Cost()
@@ -240,7 +241,8 @@ class Estimator:
                     once = self._on_device(teacher.vector[side], calls=1 / self._r.evaluate.batch_size)
                     cost += (once + self._live("teacher", side)) * count
                     what += count
-        return Stage(EMBED, (("items", as_range(what)),), "items", *_parts(cost), spread="any")
+        # what `distill embed` makes with a driver is for others: a run embeds in its own processes
+        return Stage(EMBED, (("items", as_range(what)),), "items", *_parts(cost), spread="items")
 
     def _mine(self) -> Stage:
         index, shape = self._m.index, self._s
@@ -256,7 +258,7 @@ class Estimator:
         if not self._asks:
             return NOTHING
         readers = sum(arm.reads_scores for arm in self._r.arms.values())
-        share = self._a.subset * own_subset(self._r)
+        share = self._a.subset * asked_share(self._r)
         first = asked_first(self._r, self._s).less(self._s.pairs) * share + self._s.pairs
         later = asked_later(self._r, self._s, self._a.fresh) * share
         return first + later * ((len(self.rounds) - 2) * readers)

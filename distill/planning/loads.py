@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from distill.planning.measured import Shape
+from distill.planning.measured import Measured, Shape, Source
 from distill.planning.ranges import Range
 from distill.recipe.experiment import Recipe
 
@@ -32,6 +32,18 @@ class Load:
     def items(self) -> float:
         """Both sides together."""
         return self.images + self.texts
+
+
+def sources_of(recipe: Recipe, shape: Shape, measured: Measured) -> tuple[Source, ...]:
+    """As measured, but that prepared inputs which would not fit ``prepared_gib`` are made anew at each use."""
+    budget = recipe.prepared_gib * 2**30
+
+    def of(source: Source) -> Source:
+        items = shape.all_images if source.side == "image" else shape.all_texts
+        fits = source.kind != "prepared" or source.input_bytes * items <= budget
+        return source if fits else source.model_copy(update={"kind": "live", "bytes": 0})
+
+    return tuple(map(of, measured.sources))
 
 
 def drawn(draws: float, among: float) -> float:
@@ -78,8 +90,17 @@ def asked_first(recipe: Recipe, shape: Shape) -> Range:
 
 def own_subset(recipe: Recipe) -> float:
     """Share of the candidates that the recipe itself has the teacher asked about."""
-    subset = getattr(recipe.mine, "subset", None)
-    return 1.0 if subset is None else float(subset.share)
+    subset = recipe.mine.subset
+    return 1.0 if subset is None else subset.share
+
+
+def asked_share(recipe: Recipe) -> float:
+    """Of the distinct candidates, those that either direction draws: by query each draws a pair for itself."""
+    share, subset = own_subset(recipe), recipe.mine.subset
+    if subset is None or subset.unit == "pair":
+        return share  # by hardness somewhat more, as far as the directions differ
+    both = 1.0 if recipe.train.candidates == "in_batch" else 1 / DISTINCT.mid - 1  # of the pairs, in both directions
+    return share + both * share * (1 - share)
 
 
 def mined_pairs(recipe: Recipe, shape: Shape) -> float:

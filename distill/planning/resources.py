@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distill.planning.estimate import Stage
-from distill.planning.measured import Measured, Shape
+from distill.planning.loads import sources_of
+from distill.planning.measured import Measured, Shape, Source
 from distill.planning.ranges import Known, Range, as_range, total
 from distill.recipe.experiment import Recipe
 
@@ -48,17 +49,17 @@ def amounts(
     """Of a plan; ``memory_bytes``: of the machine that mines."""
     asked = total(stage.calls for stage in stages)
     in_training = total(stage.calls for stage in stages if stage.name != "evaluate")
-    dim = measured.embedding.dim
+    sources, dim = sources_of(recipe, shape, measured), measured.embedding.dim
     index_bytes = float(max(shape.images, shape.texts) * dim * _FLOAT) if minings else 0.0
     vectors = float((shape.images + shape.texts) * dim * _FLOAT) if minings else 0.0
     # one side's index beside the vectors of both
     larger = max(shape.images, shape.texts)
     shards = max(1, math.ceil((vectors + index_bytes) / (_USED * memory_bytes)))
-    items = getattr(recipe.mine, "shard_items", None) or math.ceil(larger / shards)
+    items = recipe.mine.shard_items or math.ceil(larger / shards)
     shards = math.ceil(larger / items)
     return Amounts(
         disk=_some(
-            ("prepared inputs and frozen outputs", _kept(measured, shape)),
+            ("prepared inputs and frozen outputs", _kept(sources, shape)),
             ("vectors of the teacher", _teacher_vectors(recipe, measured, shape)),
             ("attention maps", _maps(recipe, measured, shape)),
             ("candidates", minings * recipe.mine.k * (shape.images + shape.texts) * _CANDIDATE_BYTES),
@@ -74,7 +75,7 @@ def amounts(
             ("the student's training", measured.training.checkpoint_bytes),
         ),
         network=_some(
-            ("pictures from storage", _pictures_read(measured, shape, minings)),
+            ("pictures from storage", _pictures_read(sources, shape, minings)),
             ("ids and scores through a service", asked * float(_ASKED_BYTES + _ANSWER_BYTES)),
             ("vectors from workers", vectors * minings),
         ),
@@ -93,8 +94,8 @@ def _count(shape: Shape, side: str) -> int:
     return shape.all_images if side == "image" else shape.all_texts
 
 
-def _kept(measured: Measured, shape: Shape) -> float:
-    return sum(source.bytes * _count(shape, source.side) for source in measured.sources)
+def _kept(sources: Sequence[Source], shape: Shape) -> float:
+    return sum(source.bytes * _count(shape, source.side) for source in sources)
 
 
 def _teacher_vectors(recipe: Recipe, measured: Measured, shape: Shape) -> float:
@@ -117,10 +118,10 @@ def _checkpoints(recipe: Recipe, measured: Measured) -> float:
     return found
 
 
-def _pictures_read(measured: Measured, shape: Shape, minings: int) -> float:
+def _pictures_read(sources: Sequence[Source], shape: Shape, minings: int) -> float:
     """Each picture once to be checked, once for each model whose inputs are kept, and at every use where none are."""
     times = 1.0
-    for source in measured.sources:
+    for source in sources:
         if source.side == "image":
             times += 1 if source.kind != "live" else len(source.users) * (1 + minings)
     return times * shape.picture_bytes * shape.all_images

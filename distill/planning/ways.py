@@ -35,7 +35,7 @@ ONE = Way("one process", frozenset())
 WAYS = (
     ONE,
     Way("local processes", frozenset({"any"}), starts=True),
-    Way("ranks", frozenset({"any", "ranks", "searches"}), starts=True),
+    Way("ranks", frozenset({"any", "items", "ranks", "searches"}), starts=True),
     Way("Slurm array", frozenset({"any"}), starts=True),
     Way("Ray", frozenset({"any"}), starts=True, overhead=_RAY_START_S),
 )

@@ -24,6 +24,7 @@ _HOUR = 3600.0
 _SPREAD = {
     "one": "one process",
     "any": "every way",
+    "items": "ranks",
     "ranks": "ranks: encoding",
     "searches": "ranks, each with the index",
 }
@@ -141,12 +142,9 @@ def _budget(plan: Plan) -> Iterator[str]:
 
 def share_words(share: float | None) -> str:
     """The part that fits, and the key that says so."""
-    from distill.recipe.experiment import MineRecipe
-
     if share is None:
         return "no part of them fits"
-    key = f": --set mine.subset.share={share:.3g}" if "subset" in MineRecipe.model_fields else ""
-    return f"{share:.1%} of them{key}"
+    return f"{share:.1%} of them: --set mine.subset.share={share:.3g}"
 
 
 def fewer_words(k: int, per_query: int) -> str:

@@ -272,6 +272,30 @@ def test_a_unit_that_another_process_has_in_hand_is_waited_for_and_taken_over_wh
     assert order == [0, 1, 3, 2]
 
 
+def test_no_more_is_claimed_than_is_in_hand_so_that_another_command_does_the_rest(tmp_path):
+    x = experiment(tmp_path)
+    plan, numbers = planned(x)
+    path = plan.folder.with_name(f".claims-{plan.folder.name}")
+    code = """
+import fcntl, sys
+f = open(sys.argv[1], "ab+")
+for unit in map(int, sys.argv[2:]):
+    try:
+        fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, unit)
+        print(unit)
+    except OSError:
+        pass
+"""
+    work = done_by(open_job(plan.folder), numbers)
+    assert next(work)[0] == numbers[0]
+    told = subprocess.run(
+        [sys.executable, "-c", code, str(path), *map(str, numbers)], capture_output=True, text=True, check=True
+    )
+    assert [int(line) for line in told.stdout.split()] == [numbers[0], *numbers[8:]]
+    assert len(numbers) > 10
+    assert [number for number, _, here in work if here] == numbers[1:]
+
+
 def test_claims_are_this_process_own_until_they_are_dropped(tmp_path):
     plan = written(tmp_path / "plan")
     claims = Claims(plan.folder)
@@ -322,3 +346,11 @@ def test_nothing_is_driven_where_nothing_is_missing(tmp_path):
     x.elsewhere = Asking(x, None)  # there is no driver to run
     x.ask(*pairs(x))
     assert not list((tmp_path / "cache").glob("plans/*"))
+
+
+def test_slurm_is_told_a_folder_with_a_blank_and_a_percent_sign_as_such(tmp_path):
+    folder = tmp_path / "a b%j"
+    folder.mkdir()
+    plan = written(folder / "plan")
+    text = SlurmDriver(1).write(Task(plan, [0], set)).read_text()
+    assert f"#SBATCH --output='{tmp_path}/a b%%j/logs-plan/slurm-%A_%a.log'\n" in text

@@ -130,6 +130,30 @@ def test_a_driver_that_is_stopped_goes_on_to_the_same_store(tmp_path, whole, how
     assert asked.total() - 900 <= IN_HAND
 
 
+def test_a_cluster_of_its_own_asks_for_a_token_which_ray_learns_while_it_is_imported(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "as it was")
+    monkeypatch.setenv("RAY_BACKEND_LOG_LEVEL", "as it was")
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
+    seen = []
+    monkeypatch.setattr(
+        "distill.drivers.on_ray.importlib.import_module", lambda name: seen.append(os.environ.get("RAY_AUTH_MODE"))
+    )
+    RayDriver(1, 1, address="auto")  # a cluster that is there has its own ways
+    RayDriver(1, 1)
+    assert seen == [None, None, "token", "token"]
+
+
+def test_ray_that_was_imported_before_starts_no_cluster_without_a_token(monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_AUTH_MODE", "as it was")
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    monkeypatch.setattr(importlib.import_module("ray"), "is_initialized", lambda: False)
+    x = experiment(tmp_path)
+    plan, numbers, _ = plan_scores(x, x.scorer, *pairs(x))
+    with pytest.raises(DriverError, match="set RAY_AUTH_MODE=token in the environment"):
+        RayDriver(1, 1, threads=1).run(Task(plan, numbers, set), lambda number: None)
+
+
 def test_where_ray_is_missing_the_error_names_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray.data", None)
     with pytest.raises(MissingRayError, match=r"pip install 'cross2dual\[ray\]'"):

@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 from distill.pipeline import cut_into_rounds
 from distill.planning.budget import fit
 from distill.planning.estimate import Assumed, Estimator, whole
-from distill.planning.loads import CROWDING, Load, asked_first, asked_later, drawn, own_load, step_load
+from distill.planning.loads import (
+    CROWDING,
+    DISTINCT,
+    Load,
+    asked_first,
+    asked_later,
+    asked_share,
+    drawn,
+    own_load,
+    step_load,
+)
 from distill.planning.meaning import OtherRecipeError, check_same
 from distill.planning.measured import Measured
 from distill.planning.plan import Wish, make_plan
@@ -170,6 +180,38 @@ def test_inputs_that_are_not_kept_cost_at_every_use():
     assert unkept["train kl"].wall.mid > kept["train kl"].wall.mid + 80 * 0.1 * 96
 
 
+def test_inputs_that_outgrow_the_budget_of_a_plan_are_not_kept_though_they_were_when_it_was_measured():
+    of = recipe("prepared_gib=0.002")  # 2.1 MB: 1,200 images of 1,000 bytes fit, 2,400 texts do not
+    known = measured(of, sources=(source("image"), source("text", each=0.4)))
+    unkept = measured(of, sources=(source("image"), source("text", kind="live", each=0.4)))
+    assert Estimator(of, SHAPE, known).stages() == Estimator(of, SHAPE, unkept).stages()
+    assert dict(make_plan(of, known, Wish()).amounts.disk)["prepared inputs and frozen outputs"].mid == 1000 * 1200
+    frozen = source("text").model_copy(update={"kind": "frozen"})  # outputs of a tower know no budget
+    found = make_plan(of, measured(of, sources=(source("image"), frozen)), Wish())
+    assert dict(found.amounts.disk)["prepared inputs and frozen outputs"].mid == 1000 * (1200 + 2400)
+
+
+@pytest.mark.parametrize("unit", ["pair", "query"])
+@pytest.mark.parametrize("kind", ["encode", "in_batch"])
+def test_a_subset_asks_as_many_pairs_as_a_real_draw_of_it(kind, unit):
+    """Lists of both directions that share the pairs which ``DISTINCT`` says, or all of them."""
+    of = recipe(f"mine.subset={{share: 0.25, unit: {unit}}}", f"train.candidates={kind}")
+    k, queries = 8, 4000
+    both = 2 * (1 - DISTINCT.mid) if kind == "encode" else 1.0  # of a direction's own pairs
+    ids = np.arange(queries)[:, None] * k + np.arange(k)
+    other = np.where(np.random.default_rng(0).random(ids.shape) < both, ids, ids + queries * k)
+    # keys of pairs stand for items: a list's owner is its query, in another order in each direction
+    draw = np.random.default_rng(1)
+    if unit == "query":
+        own = [np.broadcast_to(draw.random((queries, 1)) < 0.25, ids.shape) for _ in range(2)]
+        chosen = np.union1d(ids[own[0]], other.reshape(k, queries)[own[1].reshape(k, queries)])
+    else:
+        number = draw.random(2 * queries * k)
+        chosen = np.union1d(ids[number[ids] < 0.25], other[number[other] < 0.25])
+    distinct = len(np.union1d(ids, other))
+    assert asked_share(of) == pytest.approx(len(chosen) / distinct, abs=0.01)
+
+
 def test_texts_that_do_not_fit_into_memory_are_encoded_unit_by_unit():
     of = recipe()
     fits, not_so = stages(of), stages(of, teachers=(teacher(text_bytes=2**30),))
@@ -195,7 +237,7 @@ def test_stages_grow_as_they_say():
 @settings(deadline=None)
 @given(st.integers(10, 10**9), st.integers(10, 10**9))
 def test_more_images_never_cost_less(one, other):
-    of = recipe()
+    of = recipe("prepared_gib=1000000")
     few, many = (
         whole(Estimator(of, SHAPE.with_images(count), measured(of)).stages()) for count in sorted((one, other))
     )
@@ -236,6 +278,8 @@ def test_ways_share_what_they_can_and_no_more_than_the_processors_there_are():
     assert by_name["local processes"].seconds["score"].mid == pytest.approx(score / 4 + unit + 2)
     assert by_name["Slurm array"].seconds["score"].mid == pytest.approx(score / 16 + unit + 2)
     assert by_name["Slurm array"].seconds["train kl"] == alone.seconds["train kl"]
+    assert by_name["Slurm array"].seconds["embed"] == alone.seconds["embed"]  # what a run mines it embeds by itself
+    assert by_name["ranks"].seconds["embed"].mid == pytest.approx(alone.seconds["embed"].mid / 4)
     assert by_name["ranks"].seconds["train kl"].mid < alone.seconds["train kl"].mid / 2
     assert by_name["Ray"].wall.mid > by_name["Slurm array"].wall.mid
 
@@ -297,7 +341,7 @@ def test_a_gpu_that_is_not_there_is_planned_and_one_that_is_was_measured():
 
 
 def test_a_plan_for_a_hundred_million_images_says_shards_and_bytes():
-    of = recipe()
+    of = recipe("prepared_gib=1000000")
     found = make_plan(of, measured(of), Wish(images=10**8, memory_gib=64, rate=3.5, hours=1000))
     assert found.shape.texts == 2 * 10**8
     assert found.amounts.index_bytes == 2 * 10**8 * 64 * 4
