@@ -14,6 +14,7 @@ Weights are random: time does not depend on them. Scores through the service are
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import platform
@@ -237,6 +238,15 @@ def compare(folder: Path, setting: Setting) -> tuple[dict[str, Any], list[list[o
     return figures, rows
 
 
+def _blocks(corpus: Any, texts: int, pairs: int) -> Iterator[tuple[Any, Any]]:
+    """Image ids and text ids of one request after another: no pair comes twice before all have come."""
+    left = np.array_split(np.arange(corpus.n_images), max(1, corpus.n_images * texts // pairs))
+    right = np.array_split(np.arange(corpus.n_texts), max(1, corpus.n_texts // texts))
+    for round_ in itertools.count():
+        for place in np.random.default_rng(round_).permutation(len(left) * len(right)).tolist():
+            yield left[place // len(right)], right[place % len(right)]
+
+
 def burst(folder: Path, setting: Setting, rate: float, pairs: int = 64) -> dict[str, Any]:
     """Requests of ``pairs`` at twice ``rate`` pairs a second, whatever comes back."""
     import httpx2
@@ -245,16 +255,16 @@ def burst(folder: Path, setting: Setting, rate: float, pairs: int = 64) -> dict[
     from distill.wire import MSGPACK, packed
 
     x = experiment(folder / "home.yaml")
-    draw, statuses, times = np.random.default_rng(9), list[int](), list[float]()
+    statuses, times = list[int](), list[float]()
     waiting = max(4 * pairs, int(2 * rate))  # two seconds of work
     with (
         service(folder, setting, "burst", "--waiting-pairs", str(waiting)) as (url, number),
         httpx2.Client(timeout=120, limits=httpx2.Limits(max_connections=256)) as client,
     ):
+        blocks = _blocks(x.corpus, setting.texts_per_image, pairs)
 
         def body() -> bytes:
-            chosen = draw.choice(x.corpus.n_images, max(1, pairs // setting.texts_per_image), replace=False)
-            texts = draw.choice(x.corpus.n_texts, setting.texts_per_image, replace=False)
+            chosen, texts = next(blocks)
             rows = np.meshgrid(np.arange(len(chosen)), np.arange(len(texts)), indexing="ij")
             named = {"corpus": x.corpus.fingerprint, "image_ids": chosen, "text_ids": texts}
             return packed({**named, "image_rows": rows[0].ravel(), "text_rows": rows[1].ravel()})

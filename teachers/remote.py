@@ -23,7 +23,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from distill.wire import MSGPACK, TOKEN_VARIABLE, NoAnswerError, WireError, carried, packed, read_embedded, read_scored
+from distill.wire import (
+    MSGPACK,
+    TOKEN_VARIABLE,
+    Limits,
+    NoAnswerError,
+    WireError,
+    carried,
+    packed,
+    read_embedded,
+    read_scored,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,7 +144,9 @@ class RemoteTeacher:
         headers = {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
         count = self.options.connections * len(self._servers)
         limits = httpx2.Limits(max_connections=count, max_keepalive_connections=count)
-        self._client = httpx2.Client(headers=headers, timeout=self._timeout(), limits=limits, follow_redirects=False)
+        self._client = httpx2.Client(
+            headers=headers, timeout=self._timeout(), limits=limits, follow_redirects=False, trust_env=False
+        )
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="remote-teacher")
 
     def _timeout(self) -> Any:
@@ -213,6 +225,10 @@ class RemoteTeacher:
         found = np.empty(len(order), np.float32)
 
         def ask(part: Ids) -> None:
+            if len(part) > 1 and self._bytes_of(images, left[part]) > self._most_bytes:
+                ask(part[: len(part) // 2])
+                ask(part[len(part) // 2 :])
+                return
             found[part] = self._scored(images, texts, left[part], right[part])
 
         self._each(ask, parts)
@@ -224,6 +240,15 @@ class RemoteTeacher:
         return self._embedded if self._info.get("dim") else None
 
     # --- requests -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _most_bytes(self) -> int:
+        """Of the pictures of a request: the service's limit, less what else a request holds."""
+        return int(self._info["limits"].get("body_bytes", Limits.body_bytes)) * 3 // 4
+
+    def _bytes_of(self, images: Memory, rows: Ids) -> int:
+        """That travel of the images of these rows."""
+        return int(images["file_mask"][np.unique(rows)].sum()) if "file" in images else 0
 
     def _scored(self, images: Memory, texts: Memory, left: Ids, right: Ids) -> np.ndarray[Any, np.dtype[np.float32]]:
         wanted_images, image_places = np.unique(left, return_inverse=True)

@@ -9,6 +9,7 @@ import time
 from contextlib import ExitStack, suppress
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -431,6 +432,20 @@ def test_who_asks_a_teacher_that_is_closed_waits_no_longer(url, connect):
         assert "was closed" in told[0]
         with pytest.raises(RemoteTeacherError, match="was closed"):
             scores_by(remote, images=IMAGES[:8], texts=TEXTS[:8])
+
+
+def test_pictures_that_do_not_fit_into_a_request_go_in_several(connect):
+    noise = np.random.default_rng(0).integers(0, 256, (12, 24, 24, 3), dtype=np.uint8)
+    noise[:, 0, 0] = np.arange(12)[:, None]  # what the toy teacher looks at
+    with served(ToyTeacher(), limits=Limits(body_bytes=12_000), max_pixels=1000) as url, meddling(url) as between:
+        remote = connect(between.url, options=RemoteOptions(pairs_per_request=1000))
+        images = remote.prepare_images([PIL.Image.fromarray(one) for one in noise])
+        texts = remote.prepare_texts(["1", "2"])
+        rows = torch.arange(24)
+        found = remote.score(images, texts, rows // 2, rows % 2).numpy()
+        assert len(between.asked) >= 4
+        assert max(map(len, between.asked)) <= 12_000
+    np.testing.assert_array_equal(found, expected_scores(np.arange(24) // 2, np.arange(24) % 2 + 1))
 
 
 def test_limits_of_the_service_are_said(connect):
