@@ -23,9 +23,16 @@ def environment(**more: str) -> dict[str, str]:
 
 @contextmanager
 def served(folder: Path, *options: str, **more: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A student's service."""
+    with started(command(folder, *options), **more) as found:
+        yield found
+
+
+@contextmanager
+def started(command: list[str], **more: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The address, without its last slash, and the process, which is ended."""
     with subprocess.Popen(
-        command(folder, *options),
+        command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -42,4 +49,4 @@ def served(folder: Path, *options: str, **more: str) -> Iterator[tuple[str, subp
         finally:
             if process.poll() is None:
                 process.terminate()
-                process.communicate(timeout=30)
+            process.communicate(timeout=60)

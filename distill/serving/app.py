@@ -16,7 +16,6 @@ from fastapi import FastAPI, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
 from distill.data.pictures import DataError, UnreadableImageError
@@ -24,7 +23,7 @@ from distill.serving import answers
 from distill.serving.bodies import kind_of, read_form, read_json
 from distill.serving.engine import Engine
 from distill.serving.gate import BusyError, Gate
-from distill.serving.guards import SAFE_HEADERS, BodyLimit, Counted, Doorkeeper, SafeHeaders
+from distill.serving.guards import SAFE_HEADERS, guard
 from distill.serving.metrics import Metrics
 from distill.serving.pictures import SIZES, Thumbnails
 from distill.serving.schemas import (
@@ -76,11 +75,7 @@ def build_app(engine: Engine, *, token: str | None = None, hosts: Sequence[str] 
     )
     _answer_errors(app)
     _add_routes(app, service)
-    app.add_middleware(Doorkeeper, token=token, open_paths=tuple(PAGE))
-    app.add_middleware(BodyLimit, limit=BODY_BYTES)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
-    app.add_middleware(SafeHeaders)
-    app.add_middleware(Counted, metrics=service.metrics)
+    guard(app, token=token, open_paths=tuple(PAGE), hosts=hosts, body_bytes=BODY_BYTES, metrics=service.metrics)
     return app
 
 

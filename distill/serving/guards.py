@@ -10,11 +10,13 @@ from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import JSONResponse
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+    from starlette.applications import Starlette
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from distill.serving.metrics import RequestMetrics
@@ -31,6 +33,36 @@ SAFE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
+
+
+def guard(
+    app: Starlette,
+    *,
+    token: str | None,
+    open_paths: Collection[str],
+    hosts: Collection[str],
+    body_bytes: int,
+    metrics: RequestMetrics,
+    bytes_in_hand: int | None = None,
+) -> None:
+    """Put the guards before an app's routes.
+
+    Args:
+        app: whose routes they are.
+        token: that requests have to carry, but for ``open_paths``.
+        open_paths: for which no token is asked.
+        hosts: names under which the service may be asked; ``*`` is any.
+        body_bytes: of a request.
+        metrics: told of every request.
+        bytes_in_hand: of all requests together; None: no bound.
+    """
+    app.add_middleware(Doorkeeper, token=token, open_paths=open_paths)
+    app.add_middleware(BodyLimit, limit=body_bytes)
+    if bytes_in_hand is not None:
+        app.add_middleware(BytesInHand, limit=bytes_in_hand, each=body_bytes)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
+    app.add_middleware(SafeHeaders)
+    app.add_middleware(Counted, metrics=metrics)
 
 
 class SafeHeaders:

@@ -15,12 +15,11 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
 from distill.data.pictures import DataError
 from distill.serving.app import distribution_version
-from distill.serving.guards import SAFE_HEADERS, BodyLimit, BytesInHand, Counted, Doorkeeper, SafeHeaders
+from distill.serving.guards import SAFE_HEADERS, guard
 from distill.serving.schemas import Health, Problem
 from distill.teacher_service.engine import BusyError, EndedError, Engine, TooLateError
 from distill.teacher_service.metrics import TeacherMetrics
@@ -74,12 +73,15 @@ def build_app(
     )
     _answer_errors(app)
     _add_routes(app, service)
-    app.add_middleware(Doorkeeper, token=token, open_paths=("/health",))
-    app.add_middleware(BodyLimit, limit=limits.body_bytes)
-    app.add_middleware(BytesInHand, limit=BYTES_IN_HAND, each=limits.body_bytes)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
-    app.add_middleware(SafeHeaders)
-    app.add_middleware(Counted, metrics=service.metrics)
+    guard(
+        app,
+        token=token,
+        open_paths=("/health",),
+        hosts=hosts,
+        body_bytes=limits.body_bytes,
+        metrics=service.metrics,
+        bytes_in_hand=BYTES_IN_HAND,
+    )
     return app
 
 

@@ -138,8 +138,8 @@ class Engine:
             for side, (batch, kept) in sizes.items()
         }
         self._known = KnownScores(store, pairs_per_unit=settings.pairs_per_unit, remembered=settings.remembered_pairs)
-        self._packs = Packs(teacher, self.memories["image"], self.memories["text"], self._known)
-        self._packs.pairs_per_call = settings.pairs_per_pack
+        images, texts = self.memories["image"], self.memories["text"]
+        self._packs = Packs(teacher, images, texts, self._known, pairs_per_call=settings.pairs_per_pack)
         self._device = device
         self.counts = Counts()
         self._waiting: deque[_Job] = deque()
@@ -319,9 +319,11 @@ class Engine:
 
     def _next(self) -> list[_Job] | None:
         with self._state:
-            if not self._state.wait_for(self._has_next, timeout=IDLE_S):
-                self._known.flush()
-                self._state.wait_for(self._has_next)
+            idle = not self._state.wait_for(self._has_next, timeout=IDLE_S)
+        if idle:  # without the lock: who comes meanwhile need not wait for the disk
+            self._known.flush()
+        with self._state:
+            self._state.wait_for(self._has_next)
             pack, self._ready = self._ready, None
             self._state.notify_all()
         return None if pack is None else [job for job in pack if not self._is_late(job)]

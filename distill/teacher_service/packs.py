@@ -103,10 +103,12 @@ class KnownScores:
 class Packs:
     """Answers packs by a teacher. One thread."""
 
-    def __init__(self, teacher: Teacher, images: Memories, texts: Memories, known: KnownScores) -> None:
+    def __init__(
+        self, teacher: Teacher, images: Memories, texts: Memories, known: KnownScores, *, pairs_per_call: int
+    ) -> None:
         """``images`` and ``texts``: what the teacher makes of items; ``known``: what needs no teacher."""
         self._teacher, self._images, self._texts, self.known = teacher, images, texts, known
-        self.pairs_per_call = 1024
+        self.pairs_per_call = pairs_per_call
 
     def answer(self, requests: Sequence[Pairs]) -> list[Found]:
         """The scores of each request."""

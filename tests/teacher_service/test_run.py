@@ -22,7 +22,7 @@ from distill.preflight import PreflightError, claim
 from distill.store import ScoreStore
 from distill.wire import MSGPACK, packed, read_scored
 from students.dual import DualEncoder
-from tests.serving import ROOT, environment
+from tests.serving import environment, started
 from tests.teacher_service.served import served
 from tests.test_groups import experiment
 from tests.test_wrong_recipes import distill
@@ -55,25 +55,9 @@ def settings(*some: str) -> list[str]:
 def service(folder: Path, *options: str, port: int = 0) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """``distill serve teacher`` of the run in ``folder``: address and process."""
     command = ["serve", "teacher", str(folder / "runs" / "quickstart"), "--port", str(port), *options]
-    with subprocess.Popen(
-        [sys.executable, "-m", "distill", *command, *settings(f"cache={folder / 'served'}")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=environment(),
-    ) as process:
-        assert process.stdout is not None
-        try:
-            line = process.stdout.readline()
-            if " at http" not in line:
-                process.kill()
-                raise AssertionError(f"{line}{process.communicate()[1]}")
-            yield line.split(" at ")[1].split()[0].rstrip("/"), process
-        finally:
-            if process.poll() is None:
-                process.terminate()
-            process.communicate(timeout=60)
+    own = settings(f"cache={folder / 'served'}")
+    with started([sys.executable, "-m", "distill", *command, *own]) as found:
+        yield found
 
 
 def remote(url: str) -> list[str]:
