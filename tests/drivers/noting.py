@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import collections
 import os
+import signal
+import threading
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +27,10 @@ WIDTH, LONGEST = 48, 12
 
 
 class NotingTeacher(nn.Module):
-    """``notes``: folder of the notes, one file a process; ``seconds``: a call takes while a file ``slow`` is there."""
+    """``notes``: folder of the notes, one file a process; ``seconds``: a call takes while a file ``slow`` is there.
+
+    While a file ``hold`` is there a call does not end, and its process is found in ``held``.
+    """
 
     score_kind = "logit"
 
@@ -69,8 +75,13 @@ class NotingTeacher(nn.Module):
         self.notes.mkdir(parents=True, exist_ok=True)
         with (self.notes / str(os.getpid())).open("a") as file:
             file.writelines(f"{image} {text}\n" for image, text in asked)
-        if self.seconds and (self.notes.parent / "slow").exists():
+        folder = self.notes.parent
+        if self.seconds and (folder / "slow").exists():
             time.sleep(self.seconds)
+        while (folder / "hold").exists():
+            (folder / "held").mkdir(exist_ok=True)
+            (folder / "held" / str(os.getpid())).touch()
+            time.sleep(0.01)
         scores = ((images["vectors"][image_rows] @ self.mixed) * texts["vectors"][text_rows]).sum(1)
         if self.bad >= 0:
             scores[text_rows % 64 == self.bad] = float("nan")
@@ -83,6 +94,16 @@ def notes(folder: Path) -> collections.Counter[str]:
     for path in (folder / "notes").glob("*"):
         found.update(path.read_text().splitlines())
     return found
+
+
+def kill_one_amid_a_call(folder: Path) -> None:
+    """Kills a process that has noted the pairs of a call and has not answered it; the others go on, no longer slow."""
+    (folder / "hold").touch()
+    held = folder / "held"
+    until(lambda: held.exists() and any(held.iterdir()))
+    os.kill(int(next(held.iterdir()).name), signal.SIGKILL)
+    (folder / "slow").unlink()
+    (folder / "hold").unlink()
 
 
 def experiment(folder: Path, *settings: str, seconds: float = 0.0, seed: int = 0, bad: int = -1, dies: bool = False):
@@ -110,3 +131,27 @@ def pairs(x: Experiment, count: int = 900) -> tuple[np.ndarray, np.ndarray]:
 def units(x: Experiment) -> dict[str, bytes]:
     """Content of the store's units by name."""
     return {path.name: path.read_bytes() for path in x.store.folder.glob("unit-*")}
+
+
+def until(there: Callable[[], object], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.02)
+
+
+def once(there: Callable[[], object], act: Callable[[], object]) -> threading.Thread:
+    """Does something beside the test, once something is there."""
+
+    def wait() -> None:
+        until(there)
+        act()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def workers_at_work(folder: Path) -> list[int]:
+    """Processes that have noted a pair."""
+    return [int(path.name) for path in (folder / "notes").glob("*")]

@@ -17,9 +17,9 @@ from distill.drivers.driver import DriverError, Task
 from distill.drivers.embedding import Embedder, Wanted, join_all, plan_vectors
 from distill.drivers.on_ray import MissingRayError, RayDriver, environment, ray_module
 from distill.drivers.scoring import plan_scores
-from tests.drivers.noting import experiment, notes, pairs, units
+from tests.drivers.noting import experiment, kill_one_amid_a_call, notes, once, pairs, units, until, workers_at_work
 from tests.drivers.test_embedding import every, trained, vectors
-from tests.drivers.test_local import IN_HAND, SLOW_S, driving, ended, once, until, workers_at_work
+from tests.drivers.test_local import IN_HAND, SLOW_S, driving, ended
 from tests.test_wrong_recipes import ROOT
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'cross2dual[ray]'")
@@ -52,12 +52,8 @@ def test_two_actors_make_the_units_of_one_process_though_one_is_killed(cluster, 
     (tmp_path / "slow").touch()
     x = experiment(tmp_path, seconds=SLOW_S)
     x.elsewhere = Asking(x, RayDriver(2, 2, threads=1))
-
-    def kill() -> None:
-        os.kill(workers_at_work(tmp_path)[0], signal.SIGKILL)
-        (tmp_path / "slow").unlink()
-
-    thread = once(lambda: workers_at_work(tmp_path) and len(units(x)) >= 1, kill)
+    both = lambda: len(workers_at_work(tmp_path)) == 2 and len(units(x)) >= 1  # noqa: E731
+    thread = once(both, lambda: kill_one_amid_a_call(tmp_path))
     np.testing.assert_array_equal(x.ask(*pairs(x)), whole[0])
     thread.join()
     assert units(x) == whole[1]
