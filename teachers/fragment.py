@@ -9,10 +9,9 @@ of the contrastive head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,25 +23,24 @@ from teachers.fragment_pairs import all_pairs, given_pairs
 from teachers.fragment_words import WordSide
 from teachers.fusion_options import FusionDesign
 from teachers.fusion_sides import ImageSide
-from teachers.identified import Prepared
-from teachers.joined_folder import Joined, from_checkpoints, read_joined, write_joined
+from teachers.joined_teacher import JoinedTeacher
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 SCORING_VERSION = 1  # part of every identity; raise it when the same weights would give other scores
-KIND = "fragment_teacher"
 
 
-class FragmentTeacher(Prepared):
+class FragmentTeacher(JoinedTeacher[FragmentDesign, FragmentOptions]):
     """A ``Teacher`` that ``distill teach`` trains by contrast, and whose frozen backbones' outputs can be kept on disk.
 
     Image memory: ``cells`` (N, G, F) unit vectors, ``embedding`` (N, D). Text memory: ``words`` (M, L, F) unit vectors,
     ``word_mask`` (M, L) bool, ``embedding`` (M, D).
     """
 
-    options: FragmentOptions
+    kind = "fragment_teacher"
+    text: WordSide
 
     def __init__(
         self,
@@ -54,9 +52,7 @@ class FragmentTeacher(Prepared):
         options: FragmentOptions | None = None,
     ) -> None:
         """Join two backbones; the new parts start from torch's global generator. ValueError where they do not fit."""
-        super().__init__()
-        self.image_processor, self.tokenizer = image_processor, tokenizer
-        self.design, self.options = design or FragmentDesign(), options or FragmentOptions()
+        super().__init__(vision, text, image_processor, tokenizer, design, options)
         self.text = WordSide(text, tokenizer, self.design, self.options)
         self.image = ImageSide(vision, image_processor, _image_design(self.design), width=self.design.fragment_dim)
         self.cell_dropout = nn.Dropout(self.design.image_input_dropout)
@@ -66,47 +62,14 @@ class FragmentTeacher(Prepared):
         self.eval()
 
     @classmethod
-    def from_backbones(
-        cls,
-        vision: str | Path,
-        text: str | Path,
-        *,
-        design: FragmentDesign | None = None,
-        options: FragmentOptions | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> FragmentTeacher:
-        """Start from two checkpoints (hub names or folders) with their image processor and tokenizer; in eval mode."""
-        parts = from_checkpoints(vision, text, dtype)
-        return cls(parts.vision, parts.text, parts.image_processor, parts.tokenizer, design, options)
+    def design_from(cls, saved: Mapping[str, Any]) -> FragmentDesign:
+        """The design that ``dataclasses.asdict`` made a dictionary of; what is missing is as usual."""
+        return FragmentDesign.from_json(saved) if saved else FragmentDesign()
 
     @classmethod
-    def from_pretrained(
-        cls, folder: str | Path, *, options: FragmentOptions | None = None, dtype: torch.dtype = torch.float32
-    ) -> FragmentTeacher:
-        """Load what ``save_pretrained`` wrote, with its own options unless others are given; in eval mode."""
-        saved = read_joined(folder, KIND, dtype)
-        parts = saved.parts
-        teacher = cls(
-            parts.vision,
-            parts.text,
-            parts.image_processor,
-            parts.tokenizer,
-            FragmentDesign.from_json(saved.design),
-            options or FragmentOptions(**saved.options),
-        )
-        teacher.load_state_dict(saved.weights)
-        return teacher
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write weights, both backbones' configurations, image processor and tokenizer: all that loading needs."""
-        parts = Joined(self.image.backbone, self.text.encoder, self.image.processor, self.text.tokenizer)
-        settings = {"design": asdict(self.design), "options": asdict(self.options)}
-        write_joined(folder, KIND, parts, **settings, weights=self.state_dict())
-
-    def pretrained_parameters(self) -> Iterator[nn.Parameter]:
-        """Weights that train and came from a checkpoint: they usually want a smaller learning rate than new ones."""
-        for module in (self.image.backbone, self.text.encoder):
-            yield from (parameter for parameter in module.parameters() if parameter.requires_grad)
+    def options_from(cls, saved: Mapping[str, Any]) -> FragmentOptions:
+        """The options that ``dataclasses.asdict`` made a dictionary of; what is missing is as usual."""
+        return FragmentOptions(**saved)
 
     def _identity_now(self) -> str:
         weights = {name: tensor for name, tensor in self.state_dict().items() if name != "logit_scale"}
@@ -120,21 +83,9 @@ class FragmentTeacher(Prepared):
         )
 
     @property
-    def scale(self) -> Tensor:
-        """() learned scale of the contrastive head, within 2 .. 1000."""
-        return itm.scale_of(self.logit_scale)
-
-    @property
     def pair_scale(self) -> Tensor:
         """() learned scale of the fragments' similarity, within 2 .. 1000."""
         return itm.scale_of(self.log_pair_scale)
-
-    def frozen_identity(self, side: Side) -> str | None:
-        """Fingerprint of a side's frozen backbone and its preprocessing; None where it trains.
-
-        The image side's outputs are a fusion teacher's of the same backbone, so that what one kept the other reads.
-        """
-        return self.image.frozen_identity() if side == "image" else self.text.frozen_identity()
 
     def freeze(self, side: Side, inputs: Inputs) -> Inputs:
         """Outputs of a side's frozen backbone for prepared inputs; ValueError where it trains.

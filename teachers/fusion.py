@@ -9,10 +9,8 @@ tokens (class and register tokens, then ``G`` grid cells), ``H`` text width, ``D
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,18 +21,16 @@ from teachers.crossattention import PackedPairs, attention_over_grid, keys_and_v
 from teachers.fusion_options import FusionDesign, FusionOptions
 from teachers.fusion_parts import CrossAttention, MatchingHead
 from teachers.fusion_sides import ImageSide, TextSide
-from teachers.identified import Prepared
-from teachers.joined_folder import Joined, from_checkpoints, read_joined, write_joined
+from teachers.joined_teacher import JoinedTeacher
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 SCORING_VERSION = 1  # part of every identity; raise it when the same weights would give other scores
-KIND = "fusion_teacher"
 
 
-class FusionTeacher(Prepared):
+class FusionTeacher(JoinedTeacher[FusionDesign, FusionOptions]):
     """A ``Teacher`` that can be taught, whose cross-attention can be read and whose frozen parts can be kept on disk.
 
     Image memory: ``keys`` and ``values`` (N, F, T, H), ``embedding`` (N, D). Text memory: ``states`` (N, L, H) before
@@ -42,7 +38,8 @@ class FusionTeacher(Prepared):
     memory back as it is.
     """
 
-    options: FusionOptions
+    kind = "fusion_teacher"
+    text: TextSide
 
     def __init__(
         self,
@@ -54,9 +51,7 @@ class FusionTeacher(Prepared):
         options: FusionOptions | None = None,
     ) -> None:
         """Join two backbones; the new parts start from torch's global generator. ValueError where they do not fit."""
-        super().__init__()
-        self.image_processor, self.tokenizer = image_processor, tokenizer
-        self.design, self.options = design or FusionDesign(), options or FusionOptions()
+        super().__init__(vision, text, image_processor, tokenizer, design, options)
         width, heads, dropout = text.config.hidden_size, text.config.num_attention_heads, self.design.dropout
         self.text = TextSide(text, tokenizer, self.design, self.options)
         self.image = ImageSide(vision, image_processor, self.design, width=width)
@@ -68,47 +63,14 @@ class FusionTeacher(Prepared):
         self.eval()
 
     @classmethod
-    def from_backbones(
-        cls,
-        vision: str | Path,
-        text: str | Path,
-        *,
-        design: FusionDesign | None = None,
-        options: FusionOptions | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> FusionTeacher:
-        """Start from two checkpoints (hub names or folders) with their image processor and tokenizer; in eval mode."""
-        parts = from_checkpoints(vision, text, dtype)
-        return cls(parts.vision, parts.text, parts.image_processor, parts.tokenizer, design, options)
+    def design_from(cls, saved: Mapping[str, Any]) -> FusionDesign:
+        """The design that ``dataclasses.asdict`` made a dictionary of; what is missing is as usual."""
+        return FusionDesign(**saved)
 
     @classmethod
-    def from_pretrained(
-        cls, folder: str | Path, *, options: FusionOptions | None = None, dtype: torch.dtype = torch.float32
-    ) -> FusionTeacher:
-        """Load what ``save_pretrained`` wrote, with its own options unless others are given; in eval mode."""
-        saved = read_joined(folder, KIND, dtype)
-        parts = saved.parts
-        teacher = cls(
-            parts.vision,
-            parts.text,
-            parts.image_processor,
-            parts.tokenizer,
-            FusionDesign(**saved.design),
-            options or FusionOptions(**saved.options),
-        )
-        teacher.load_state_dict(saved.weights)
-        return teacher
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write weights, both backbones' configurations, image processor and tokenizer: all that loading needs."""
-        parts = Joined(self.image.backbone, self.text.encoder, self.image.processor, self.text.tokenizer)
-        settings = {"design": asdict(self.design), "options": asdict(self.options)}
-        write_joined(folder, KIND, parts, **settings, weights=self.state_dict())
-
-    def pretrained_parameters(self) -> Iterator[nn.Parameter]:
-        """Weights that train and came from a checkpoint: they usually want a smaller learning rate than new ones."""
-        for module in (self.image.backbone, self.text.encoder):
-            yield from (parameter for parameter in module.parameters() if parameter.requires_grad)
+    def options_from(cls, saved: Mapping[str, Any]) -> FusionOptions:
+        """The options that ``dataclasses.asdict`` made a dictionary of; what is missing is as usual."""
+        return FusionOptions(**saved)
 
     def _identity_now(self) -> str:
         weights = {name: tensor for name, tensor in self.state_dict().items() if name != "logit_scale"}
@@ -122,18 +84,9 @@ class FusionTeacher(Prepared):
         )
 
     @property
-    def scale(self) -> Tensor:
-        """() learned scale of the contrastive head, within 2 .. 1000."""
-        return itm.scale_of(self.logit_scale)
-
-    @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the image grid."""
         return self.image.shape.rows, self.image.shape.columns
-
-    def frozen_identity(self, side: Side) -> str | None:
-        """Fingerprint of the frozen weights of a side and of what prepares their inputs; None where none are frozen."""
-        return self.image.frozen_identity() if side == "image" else self.text.frozen_identity()
 
     def freeze(self, side: Side, inputs: Inputs) -> Inputs:
         """Outputs of the frozen part of a side for prepared inputs; ValueError where nothing of it is frozen.
