@@ -126,16 +126,16 @@ def score(recipe: str, setting: Setting, work: tuple[tuple[int, int], int], read
 
     x = experiment(Path(recipe))
     teacher, latencies = x.teacher, list[float]()
-    if hasattr(teacher, "_post"):
-        post = teacher._post
+    if hasattr(teacher, "servers"):
+        ask = teacher.servers.ask
 
         def timed(*arguments: Any) -> Any:
             began = time.perf_counter()
-            answer = post(*arguments)
+            answer = ask(*arguments)
             latencies.append(time.perf_counter() - began)
             return answer
 
-        teacher._post = timed
+        teacher.servers.ask = timed
     share, seed = work
     images, texts = pairs_of(setting, x.corpus.n_texts, share, seed)
     sources = {f"{side}_source": x.source(teacher, side) for side in ("image", "text")}

@@ -29,7 +29,7 @@ from distill.serving.opening import Beside, open_engine
 from distill.serving.rerank import Reranker
 from distill.wire import NoAnswerError
 from students.dual import DualEncoder
-from teachers.remote import RemoteOptions
+from teachers.remote_servers import RemoteOptions
 from tests.exported import made_export, opened
 from tests.teacher_service.served import served
 
@@ -486,7 +486,7 @@ def test_a_teacher_elsewhere_re_ranks_and_one_that_is_gone_holds_nobody_up(
             assert url not in answer.text
             assert other.post("/search", json={"text": SENTENCE}).status_code == 200
             found = by_it.search(SENTENCE, "image", depth=8)
-            by_it.reranker.teacher.options = RemoteOptions(patience_s=600)
+            by_it.reranker.teacher.servers.options = RemoteOptions(patience_s=600)
             waiting = threading.Thread(target=unanswered, daemon=True)
             waiting.start()
             time.sleep(0.5)

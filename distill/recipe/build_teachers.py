@@ -53,7 +53,8 @@ def build_teacher(
 
 def _remote(recipe: schema.RemoteTeacherRecipe) -> Any:
     from distill import stopping
-    from teachers.remote import RemoteOptions, RemoteTeacher, read_token
+    from teachers.remote import RemoteTeacher, read_token
+    from teachers.remote_servers import RemoteOptions
 
     return RemoteTeacher(
         recipe.urls,

@@ -15,7 +15,8 @@ import torch
 
 from distill.data.scenes import make_scenes
 from distill.embed import DistantSource
-from teachers.remote import RemoteOptions, RemoteTeacher
+from teachers.remote import RemoteTeacher
+from teachers.remote_servers import RemoteOptions
 from tests.teacher_service.test_run import DATA, STUDENT, TEACHER, pairs_of, service
 from tests.test_wrong_recipes import distill
 

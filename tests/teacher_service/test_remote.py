@@ -19,7 +19,8 @@ from distill.score import score_pairs
 from distill.serving.rerank import Reranker
 from distill.stopping import Stopped
 from distill.wire import Limits, unpacked
-from teachers.remote import OtherTeacherError, RemoteOptions, RemoteTeacher, RemoteTeacherError
+from teachers.remote import RemoteTeacher
+from teachers.remote_servers import OtherTeacherError, RemoteOptions, RemoteTeacherError
 from tests.teacher_service.meddling import (
     broken_off,
     changed,
@@ -178,7 +179,7 @@ def test_an_answer_without_an_end_is_not_taken_to_its_end(url, connect):
     with meddling(url) as between:
         remote = connect(between.url, options=RemoteOptions(pairs_per_request=288, connections=1, patience_s=0.1))
         between.faults += [without_an_end]
-        remote._answered_at = 0.0
+        remote.servers._answered_at = 0.0
         with pytest.raises(RemoteTeacherError, match=r"cannot be used \(more than 64 MiB\)"):
             scores_by(remote)
 
@@ -261,7 +262,7 @@ def test_a_server_that_comes_later_with_another_corpus_is_said(url, connect):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     remote = connect(url, f"http://127.0.0.1:{port}", options=RemoteOptions(pairs_per_request=8, connections=2))
-    remote._servers[1].rests_until = 0.0
+    remote.servers._servers[1].rests_until = 0.0
     with (
         served(ToyTeacher(), toy_corpus(12, captions=3), port=port),
         pytest.raises(RemoteTeacherError, match="started with another corpus .* serve the same recipe"),
@@ -331,7 +332,7 @@ def test_requests_go_to_both_servers_and_to_one_where_the_other_dies(connect):
 def test_a_server_that_stays_away_for_days_costs_no_more_than_a_try_now_and_then(url, connect):
     away = "http://127.0.0.1:9"
     remote = connect(away, url)
-    server = next(one for one in remote._servers if one.url == away)
+    server = next(one for one in remote.servers._servers if one.url == away)
     server.failures, server.rests_until = 100_000, 0.0
     np.testing.assert_array_equal(scores_by(remote), expected_scores(IMAGES, TEXTS))
     assert server.failures > 100_000, "it was tried"
@@ -406,7 +407,7 @@ def test_what_is_told_to_end_while_it_waits_ends(url, connect):
             scores_by(remote)
         assert time.monotonic() < ends_at[0] + 5
         with suppress(RemoteTeacherError):
-            remote._pool.shutdown(wait=True)  # nobody goes on trying
+            remote.servers._pool.shutdown(wait=True)  # nobody goes on trying
         assert time.monotonic() < ends_at[0] + 8
 
 
