@@ -28,7 +28,8 @@ from distill.teacher_service.app import build_app
 from distill.teacher_service.engine import EndedError, Engine, EngineSettings
 from distill.teacher_service.requests import ScoreRequest, read_request
 from distill.wire import JSON, MSGPACK, Limits, packed, read_embedded, read_scored
-from tests.teacher_service.toy_service import AnyTextTeacher, known_corpus, square, toy_engine, toy_store
+from tests.teacher_service.served import store_of
+from tests.teacher_service.toy_service import AnyTextTeacher, known_corpus, square, toy_engine
 from tests.toys import expected_scores
 
 TOKEN = "0123456789abcdef0123456789abcdef"  # noqa: S105
@@ -119,7 +120,7 @@ def test_pictures_and_texts_of_the_corpus_count_as_its_rows_however_they_come(
     serve: Callable[..., Any], corpus: Corpus, tmp_path: Path
 ) -> None:
     teacher = AnyTextTeacher()
-    store = toy_store(tmp_path, corpus, teacher)
+    store = store_of(teacher, corpus, tmp_path)
     client = serve(teacher=teacher, store=store)
     files = corpus.pictures.encoded(np.array([4]))
     content = {"images": [base64.b64encode(files[0]).decode()], "texts": [corpus.texts[6]]}
@@ -416,7 +417,7 @@ def test_a_body_that_stops_and_one_that_trickles_are_not_waited_for(
 
 def test_a_service_that_ends_answers_what_waits_and_keeps_the_scores(corpus: Corpus, tmp_path: Path) -> None:
     teacher = Held()
-    store = toy_store(tmp_path, corpus, teacher)
+    store = store_of(teacher, corpus, tmp_path)
     engine, info = toy_engine(corpus, teacher=teacher, store=store)
     with TestClient(build_app(engine, info, limits=LIMITS), raise_server_exceptions=False) as client:
         first = in_background(lambda: client.post("/score", json=by_row(corpus, [2], [3])))
@@ -432,7 +433,7 @@ def test_a_service_that_ends_answers_what_waits_and_keeps_the_scores(corpus: Cor
         teacher.go.set()
         assert first.result(20).status_code == waits.result(20).status_code == 200
         ended.result(20)
-    assert np.isfinite(toy_store(tmp_path, corpus, teacher).lookup([2, 4], [3, 5])).all()
+    assert np.isfinite(store_of(teacher, corpus, tmp_path).lookup([2, 4], [3, 5])).all()
 
 
 # --- faults on this side ----------------------------------------------------------------------------------------------

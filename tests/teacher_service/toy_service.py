@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from dataclasses import asdict, replace
+from dataclasses import replace
 from io import BytesIO
 from typing import Any
 
@@ -17,8 +17,9 @@ from distill.protocols import SIDES
 from distill.store import ScoreStore
 from distill.teacher_service.engine import Engine, EngineSettings
 from distill.teacher_service.items import Items
-from distill.teacher_service.schemas import CorpusInfo, Info, LimitsInfo
+from distill.teacher_service.schemas import Info
 from distill.wire import Limits
+from tests.teacher_service.served import info_of
 from tests.toys import ToyTeacher, toy_corpus, toy_tokens
 
 
@@ -63,29 +64,7 @@ def toy_engine(
         )
         for side in SIDES
     }
-    known = CorpusInfo(name=corpus.name, fingerprint=corpus.fingerprint, images=corpus.n_images, texts=corpus.n_texts)
-    info = Info(
-        version="0",
-        teacher="AnyTextTeacher",
-        identity=teacher.identity,
-        score_kind=teacher.score_kind,
-        dim=2,
-        corpus=known,
-        limits=LimitsInfo(**asdict(limits)),
-    )
-    return Engine(teacher, items, store, settings or EngineSettings()), info
-
-
-def toy_store(folder: Any, corpus: Corpus, teacher: Any) -> ScoreStore:
-    """For the scores of a teacher on the corpus."""
-    return ScoreStore(
-        folder,
-        teacher_identity=teacher.identity,
-        corpus_fingerprint=corpus.fingerprint,
-        score_kind=teacher.score_kind,
-        n_images=corpus.n_images,
-        n_texts=corpus.n_texts,
-    )
+    return Engine(teacher, items, store, settings or EngineSettings()), info_of(teacher, corpus, limits)
 
 
 def square(shade: int, size: tuple[int, int] = (5, 5)) -> bytes:
