@@ -71,6 +71,7 @@ def build_app(
         redoc_url=None,
         lifespan=service.life,
     )
+    app.state.engine = engine
     _answer_errors(app)
     _add_routes(app, service)
     guard(

@@ -342,11 +342,18 @@ class Engine:
         return True
 
     def _answer(self, jobs: list[_Job]) -> None:
-        """Score jobs together; where that fails, each by itself, so that one cannot spoil the others."""
+        """Score jobs together; where that fails, each by itself, so that one cannot spoil the others.
+
+        A fault of the device is raised: it stays until the process ends, whatever is asked.
+        """
+        import torch
+
         if not jobs:
             return
         try:
             found = self._scored([job.prepared for job in jobs])
+        except torch.AcceleratorError:
+            raise
         except Exception as error:
             if len(jobs) == 1:
                 if not isinstance(error, RefusedError | DataError):
@@ -405,9 +412,13 @@ class Engine:
         return vectors
 
     def _run(self, job: _Job) -> None:
+        import torch
+
         try:
             _settle(job.future, job.prepared())
             self.counts.embedded += job.weight
+        except torch.AcceleratorError:
+            raise
         except NoContrastiveHeadError as error:
             _settle(job.future, error=RefusedError(422, str(error)))
         except Exception as error:

@@ -65,6 +65,17 @@ def serve_module(address: str) -> Any:
         ) from error
 
 
+class Replica:
+    """What Ray asks a replica beside requests."""
+
+    app: Any  # that Ray keeps
+
+    def check_health(self) -> None:
+        """Raises RuntimeError where nothing is answered any more, so that Ray puts another replica in its place."""
+        if not self.app.state.engine.alive:
+            raise RuntimeError("the engine has ended; the replica's log says why")
+
+
 @contextmanager
 def replicas(
     open_experiment: Callable[[], Experiment],
@@ -105,7 +116,7 @@ def replicas(
                 max_queued_requests=_ONGOING,  # in each proxy; without it as many as come
                 graceful_shutdown_timeout_s=front.grace_s,
                 ray_actor_options={**actor, "runtime_env": {"env_vars": environment(placed.threads)}},
-            )(serve.ingress(app)())
+            )(serve.ingress(app)(Replica))
             try:
                 serve.run(deployment.bind(), name=_NAME, route_prefix="/")
             except RuntimeError as error:

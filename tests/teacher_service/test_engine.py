@@ -15,11 +15,13 @@ import torch
 
 from distill.data.corpus import build_corpus
 from distill.data.pictures import pictures_of_bytes
+from distill.teacher_service.app import build_app
 from distill.teacher_service.engine import BusyError, EndedError, TooLateError
 from distill.teacher_service.kept import size_of
+from distill.teacher_service.on_ray import Replica
 from distill.teacher_service.requests import ScoreRequest
-from distill.wire import RefusedError
-from tests.teacher_service.served import engine_of, items, pairs, store_of
+from distill.wire import Limits, RefusedError
+from tests.teacher_service.served import engine_of, info_of, items, pairs, store_of
 from tests.toys import ToyTeacher, expected_scores, toy_caption, toy_corpus
 
 CORPUS = toy_corpus(12)
@@ -320,6 +322,29 @@ def test_an_engine_whose_thread_ends_says_so_to_whoever_waits(monkeypatch):
         assert not engine.alive
         with pytest.raises(EndedError):
             engine.score(pairs(CORPUS, [0], [0]), later())
+
+
+@pytest.mark.parametrize("asked", ["scores", "vectors"])
+def test_a_device_that_fails_ends_the_engine_since_it_fails_whatever_is_asked(monkeypatch, asked):
+    def fails(*_):
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    teacher = ToyTeacher()
+    with engine_of(teacher, CORPUS) as engine:
+        replica = Replica()
+        replica.app = build_app(engine, info_of(teacher, CORPUS, Limits()), limits=Limits())
+        replica.check_health()
+        monkeypatch.setattr(teacher, "score", fails)
+        monkeypatch.setattr(teacher, "embed", fails, raising=False)
+        if asked == "scores":
+            answer = engine.score(pairs(CORPUS, [0, 1], [0, 1]), later())
+        else:
+            answer = engine.embed(items(image_ids=[0], corpus=CORPUS.fingerprint), later())
+        with pytest.raises(EndedError):
+            answer.result(SOON)
+        assert not engine.alive
+        with pytest.raises(RuntimeError, match="the engine has ended"):
+            replica.check_health()
 
 
 def test_a_full_disk_costs_no_answer_and_the_scores_are_written_later(tmp_path, monkeypatch, caplog):
