@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 TRIES = 4  # of a few units by as many actors: machines are taken away, but a fault that kills comes again
+NICENESS = "RAY_worker_niceness"  # Ray's own spelling
 _OBJECT_STORE = 80 << 20  # bytes of a local cluster; numbers are all that travels
 
 
@@ -190,6 +191,7 @@ def settle_own_cluster() -> None:
         return
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_AUTH_MODE", "token")  # its ports listen on every interface
+    os.environ.setdefault(NICENESS, "0")  # as the local driver's workers; Ray's 15 starves beside others
 
 
 @contextmanager

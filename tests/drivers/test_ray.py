@@ -15,7 +15,7 @@ import pytest
 from distill.driver_commands import Asking, embedded
 from distill.drivers.driver import DriverError, Task
 from distill.drivers.embedding import Embedder, Wanted, join_all, plan_vectors
-from distill.drivers.on_ray import MissingRayError, RayDriver, environment, ray_module
+from distill.drivers.on_ray import NICENESS, MissingRayError, RayDriver, environment, ray_module
 from distill.drivers.scoring import plan_scores
 from tests.drivers.noting import experiment, kill_one_amid_a_call, notes, once, pairs, units, until, workers_at_work
 from tests.drivers.test_embedding import every, trained, vectors
@@ -31,6 +31,7 @@ def cluster():
     ray = ray_module()
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     os.environ["PYTHONPATH"] = str(ROOT)
+    os.environ[NICENESS] = "0"  # Ray was imported before: the driver sets it for a cluster of its own
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Ray's own making
         ray.init(
@@ -127,9 +128,10 @@ def test_a_driver_that_is_stopped_goes_on_to_the_same_store(tmp_path, whole, how
 
 
 def test_a_cluster_of_its_own_asks_for_a_token_which_ray_learns_while_it_is_imported(monkeypatch):
-    monkeypatch.setenv("RAY_AUTH_MODE", "as it was")
-    monkeypatch.setenv("RAY_BACKEND_LOG_LEVEL", "as it was")
+    for name in ("RAY_AUTH_MODE", "RAY_BACKEND_LOG_LEVEL", NICENESS):
+        monkeypatch.setenv(name, "as it was")
     monkeypatch.delenv("RAY_AUTH_MODE")
+    monkeypatch.delenv(NICENESS)
     monkeypatch.delitem(sys.modules, "ray", raising=False)
     seen = []
     monkeypatch.setattr(
@@ -138,6 +140,7 @@ def test_a_cluster_of_its_own_asks_for_a_token_which_ray_learns_while_it_is_impo
     RayDriver(1, 1, address="auto")  # a cluster that is there has its own ways
     RayDriver(1, 1)
     assert seen == [None, None, "token", "token"]
+    assert os.environ[NICENESS] == "0", "workers that are nice wait for whatever else runs"
 
 
 def test_ray_that_was_imported_before_starts_no_cluster_without_a_token(monkeypatch, tmp_path):
