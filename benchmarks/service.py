@@ -147,6 +147,7 @@ def score(recipe: str, setting: Setting, work: tuple[tuple[int, int], int], read
         began = time.time()
         score_pairs(teacher, store, images, texts, options=ScoreOptions(show_progress=False), **sources)
         ended = time.time()
+        ready.wait(600)  # a client that ends takes a core from the service, which others still wait for
         told.put((began, ended, latencies, images, texts, store.require(images, texts)))
 
 

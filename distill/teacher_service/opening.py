@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +36,18 @@ def open_engine(
     Raises:
         ServingError: the teacher is not yet taught, is several, or is itself a service.
     """
+    check_served(x)
+    # In a thread that ends: every thread that has computed keeps OpenMP workers while it lives. Beside those of the
+    # engine's own thread there would be more of them than cores, and all would sleep between any two operations.
+    with ThreadPoolExecutor(1, thread_name_prefix="opening") as opening:
+        return opening.submit(_opened, x, settings, limits, say).result()
+
+
+def _opened(
+    x: Experiment, settings: EngineSettings, limits: Limits, say: Callable[[str], object]
+) -> tuple[Engine, Info]:
     from distill.towers import width_of
 
-    check_served(x)
     corpus = x.corpus
     say(f"corpus: {corpus.name}, {corpus.n_images} pictures, {corpus.n_texts} captions")
     teacher = x.teacher
