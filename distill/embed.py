@@ -105,6 +105,12 @@ class DistantSource:
             return self.model.prepare_files(self.corpus.pictures.encoded(rows))
         return cast("Teacher", self.model).prepare_texts([self.corpus.texts[row] for row in rows.tolist()])
 
+    @property
+    def images_at_once(self) -> int:
+        """Images whose pairs make a call: fewer where their files travel."""
+        known = self.model.knows(self.corpus.fingerprint)
+        return self.model.images_at_once if known else self.model.files_at_once
+
 
 def live_source(corpus: Corpus, side: Side, model: Preparing) -> LiveSource:
     """The source that keeps nothing."""

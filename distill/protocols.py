@@ -73,7 +73,10 @@ class Distant(Protocol):
     """A teacher that computes elsewhere: it takes rows of a corpus that is there too, or the files as they are."""
 
     images_at_once: int
-    """Images whose pairs make a call long enough for its requests to overlap."""
+    """Images whose pairs make a call long enough for its requests to overlap, where rows travel."""
+
+    files_at_once: int
+    """The same where picture files travel, all of which are in memory, each as long as the longest."""
 
     def knows(self, corpus_fingerprint: str) -> bool:
         """Whether rows of this corpus name the same items there."""

@@ -119,7 +119,7 @@ class Scoring:
         if options.device is None:
             options = replace(options, device=device_of(teacher))
         if isinstance(teacher, Distant):  # calls as long as their requests take to overlap; no memories are kept here
-            many = teacher.images_at_once
+            many = getattr(image_source, "images_at_once", teacher.images_at_once)
             options = replace(options, images_per_batch=many, pairs_per_chunk=max(options.pairs_per_chunk, 64 * many))
         self._teacher, self._store, self._work, self._options = teacher, store, work, options
         self._run = _Run(teacher, text_source, options, work.every_text)

@@ -9,6 +9,7 @@ Shape key: ``N`` items, ``P`` pairs, ``D`` width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from distill.wire import Limits, read_embedded, read_scored
-from teachers.remote_servers import OtherTeacherError, RemoteOptions, Servers
+from teachers.remote_servers import OtherTeacherError, RemoteOptions, Servers, TooLargeError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 class RemoteTeacher:
     """Satisfies ``distill.protocols.Teacher`` and ``Distant``; no torch module, and nothing of it is on a device."""
 
-    images_at_once = 256
+    images_at_once, files_at_once = 256, 32
 
     def __init__(
         self,
@@ -113,13 +114,10 @@ class RemoteTeacher:
         found = np.empty(len(order), np.float32)
 
         def ask(part: Ids) -> None:
-            if len(part) > 1 and self._bytes_of(images, left[part]) > self._most_bytes:
-                ask(part[: len(part) // 2])
-                ask(part[len(part) // 2 :])
-                return
+            self._check_bytes(images, left[part])
             found[part] = self._scored(images, texts, left[part], right[part])
 
-        self.servers.each(ask, parts)
+        self.servers.each(partial(_in_halves, ask), parts)
         return torch.from_numpy(found).to(image_rows.device)
 
     @property
@@ -134,9 +132,10 @@ class RemoteTeacher:
         """Of the pictures of a request: the service's limit, less what else a request holds."""
         return int(self._info["limits"].get("body_bytes", Limits.body_bytes)) * 3 // 4
 
-    def _bytes_of(self, images: Memory, rows: Ids) -> int:
-        """That travel of the images of these rows."""
-        return int(images["file_mask"][np.unique(rows)].sum()) if "file" in images else 0
+    def _check_bytes(self, items: Memory, rows: Ids) -> None:
+        """Raise TooLargeError before pictures travel that would be refused on their arrival."""
+        if "file" in items and (found := int(items["file_mask"][np.unique(rows)].sum())) > self._most_bytes:
+            raise TooLargeError(f"a picture file of {found} bytes: {self.servers} take requests of {self._most_bytes}")
 
     def _scored(self, images: Memory, texts: Memory, left: Ids, right: Ids) -> np.ndarray[Any, np.dtype[np.float32]]:
         wanted_images, image_places = np.unique(left, return_inverse=True)
@@ -160,19 +159,22 @@ class RemoteTeacher:
     def _embedded(self, side: Side, inputs: Inputs) -> Tensor:
         count = len(next(iter(inputs.values())))
         size = max(1, min(self.servers.options.pairs_per_request, int(self._info["limits"]["images"])))
-        found: list[Any] = [None] * -(-count // size)
+        found: list[Any] = [None] * count
 
-        def ask(part: int) -> None:
-            rows = np.arange(part * size, min(count, (part + 1) * size))
+        def ask(rows: Ids) -> None:
+            self._check_bytes(inputs, rows)
 
             def read(content: bytes) -> tuple[str, Any]:
                 answer = read_embedded(content, len(rows))
                 return answer.identity, answer.vectors
 
-            found[part] = self.servers.ask("/embed", self._named(side, inputs, rows), read)
+            vectors = self.servers.ask("/embed", self._named(side, inputs, rows), read)
+            for row, vector in zip(rows.tolist(), vectors, strict=True):
+                found[row] = vector
 
-        self.servers.each(ask, range(len(found)))
-        return torch.from_numpy(np.concatenate(found)).to(next(iter(inputs.values())).device)
+        parts = [np.arange(start, min(count, start + size)) for start in range(0, count, size)]
+        self.servers.each(partial(_in_halves, ask), parts)
+        return torch.from_numpy(np.stack(found)).to(next(iter(inputs.values())).device)
 
     def _named(self, side: Side, items: Memory, rows: Ids) -> dict[str, Any]:
         """The items of these rows, as a request names them."""
@@ -182,6 +184,17 @@ class RemoteTeacher:
         name = "file" if side == "image" else "text"
         contents = _unpadded(items[name].cpu()[chosen], items[f"{name}_mask"].cpu()[chosen])
         return {f"{side}s": contents if side == "image" else [content.decode() for content in contents]}
+
+
+def _in_halves(ask: Callable[[Ids], object], rows: Ids) -> None:
+    """Ask about all at once, else about either half: how much a request may hold is for the service to say."""
+    try:
+        ask(rows)
+    except TooLargeError:
+        if len(rows) == 1:
+            raise
+        _in_halves(ask, rows[: len(rows) // 2])
+        _in_halves(ask, rows[len(rows) // 2 :])
 
 
 def _as_png(image: Image) -> bytes:

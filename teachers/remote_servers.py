@@ -31,6 +31,10 @@ class RemoteTeacherError(NoAnswerError):
     """The service cannot be asked, or gives no answer that can be used."""
 
 
+class TooLargeError(RemoteTeacherError):
+    """More than a request may hold."""
+
+
 class OtherTeacherError(RemoteTeacherError):
     """Another teacher answers than the one that was asked first."""
 
@@ -158,7 +162,8 @@ class Servers:
                         self._heed()
                 future.result()
         except BaseException as error:
-            self._ended = not isinstance(error, Exception)  # the process ends: nobody tries again
+            if not isinstance(error, Exception):  # the process ends: nobody tries again
+                self._ended = True
             raise
         finally:
             for future in waiting:
@@ -171,6 +176,7 @@ class Servers:
 
         Raises:
             RemoteTeacherError: refused, or nobody answered for as long as patience lasts.
+            TooLargeError: refused for its size.
             OtherTeacherError: another teacher answered.
         """
         content = packed({**body, "identity": self.identity, "deadline_s": self.options.deadline_s})
@@ -188,6 +194,8 @@ class Servers:
                 if status == 409 and "teacher" in told:
                     raise OtherTeacherError(f"{server.url} has another teacher by now: {told}. {_KEPT}")
                 faults += status == 500
+                if status == 413:
+                    raise TooLargeError(f"{server.url}{path} answered {status}: {told}")
                 if status not in _TRANSIENT or faults >= _FAULTS_OF_SERVER:
                     raise RemoteTeacherError(f"{server.url}{path} answered {status}: {told}{_advice(status)}")
                 problem = f"{status}: {told}"
@@ -359,7 +367,7 @@ def _advice(status: int) -> str:
         return f" (set {TOKEN_VARIABLE}, or teacher.token_file, to the service's token)"
     if status == 409:
         return " (it was started with another corpus than the service that was asked first: serve the same recipe)"
-    return " (lower teacher.pairs_per_request)" if status == 413 else ""
+    return ""
 
 
 def _token(given: str | None) -> str | None:

@@ -190,7 +190,6 @@ def test_an_answer_without_an_end_is_not_taken_to_its_end(url, connect):
         (400, "answered 400: told"),
         (401, "DISTILL_TOKEN"),
         (409, "answered 409"),
-        (413, "lower teacher.pairs_per_request"),
         (422, "answered 422: told"),
     ],
 )
@@ -413,7 +412,7 @@ def test_what_is_told_to_end_while_it_waits_ends(url, connect):
 
 def test_who_asks_a_teacher_that_is_closed_waits_no_longer(url, connect):
     with meddling(url) as between:
-        remote = connect(between.url, options=RemoteOptions(connections=1, patience_s=600))
+        remote = connect(between.url, options=RemoteOptions(pairs_per_request=64, connections=4, patience_s=600))
         between.faults += [closed] * 1000
         told = []
 
@@ -427,7 +426,9 @@ def test_who_asks_a_teacher_that_is_closed_waits_no_longer(url, connect):
         asking.start()
         time.sleep(0.5)
         assert asking.is_alive()
+        began = time.monotonic()
         remote.close()
+        assert time.monotonic() < began + 5, "all requests end, not the first alone"
         asking.join(5)
         assert not asking.is_alive()
         assert "was closed" in told[0]
@@ -449,7 +450,45 @@ def test_pictures_that_do_not_fit_into_a_request_go_in_several(connect):
     np.testing.assert_array_equal(found, expected_scores(np.arange(24) // 2, np.arange(24) % 2 + 1))
 
 
-def test_limits_of_the_service_are_said(connect):
-    told = r"413: .*64 pairs.*takes 10.*lower teacher.pairs_per_request"
-    with served(ToyTeacher(), CORPUS, limits=Limits(pairs=10)) as url, pytest.raises(RemoteTeacherError, match=told):
-        scores_by(connect(url))
+def test_where_files_travel_fewer_pictures_are_in_memory_at_once(connect, tmp_path, monkeypatch):
+    corpus, toy, at_once = toy_corpus(100, captions=1), ToyTeacher(), []
+    with served(toy, max_pixels=1000) as url:
+        remote = connect(url)
+        prepare = remote.prepare_files
+        monkeypatch.setattr(remote, "prepare_files", lambda files: at_once.append(len(files)) or prepare(files))
+        store, rows = store_of(toy, corpus, tmp_path), np.arange(100)
+        sources = {f"{side}_source": DistantSource(corpus, side, remote) for side in ("image", "text")}
+        score_pairs(remote, store, rows, rows, **sources)
+    np.testing.assert_array_equal(store.require(rows, rows), expected_scores(rows, rows))
+    assert (max(at_once), sum(at_once)) == (32, 100)
+
+
+def test_pictures_that_are_too_large_together_are_embedded_in_several_requests(connect):
+    noise = np.random.default_rng(0).integers(0, 256, (12, 24, 24, 3), dtype=np.uint8)
+    noise[:, 0, 0] = np.arange(12)[:, None]
+    with (
+        served(ToyTeacher(), limits=Limits(body_bytes=12_000), max_pixels=1000) as url,
+        meddling(url) as between,
+    ):
+        remote = connect(between.url)
+        images = remote.prepare_images([PIL.Image.fromarray(one) for one in noise])
+        found = remote.embed("image", images)
+        assert len(between.asked) >= 2
+        assert max(map(len, between.asked)) <= 12_000
+    np.testing.assert_allclose(found, ToyTeacher().encode_images({"shade": torch.arange(12)[:, None]})["embedding"])
+
+
+def test_a_service_that_takes_less_at_a_time_is_asked_for_less(connect):
+    toy = ToyTeacher()
+    with served(toy, CORPUS, limits=Limits(pairs=10)) as url:
+        np.testing.assert_array_equal(scores_by(connect(url)), expected_scores(IMAGES, TEXTS))
+
+
+def test_what_is_too_large_by_itself_is_said(connect):
+    told = r"413: texts: a text has 11 characters; the service takes 10$"
+    with served(ToyTeacher(), limits=Limits(text_characters=10), max_pixels=1000) as url:
+        remote = connect(url)
+        images = remote.prepare_images([PIL.Image.new("RGB", (4, 4), (n, n, n)) for n in range(3)])
+        texts = remote.prepare_texts(["1", "2", "3 and so on"])
+        with pytest.raises(RemoteTeacherError, match=told):
+            remote.score(images, texts, torch.arange(3), torch.arange(3))
