@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from distill.cores import cores
+
 if TYPE_CHECKING:
     from distill.experiment import Experiment
     from distill.export.layout import Precision
@@ -53,6 +55,10 @@ Replicas = Annotated[
     int, typer.Option("--replicas", min=0, help="by Ray Serve, each with a teacher in memory; 0: in this process")
 ]
 Gpus = Annotated[float, typer.Option("--gpus-per-replica", min=0, help="may be part of one")]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, help="of each replica; this machine's shared out, on a cluster 1, when absent"),
+]
 RayAddress = Annotated[str, typer.Option("--address", help="of a Ray cluster; one on this machine when absent")]
 Grace = Annotated[int, typer.Option("--grace", min=0, help="seconds for what waits when it is told to end")]
 
@@ -96,6 +102,7 @@ def serve_app(open_experiment: Callable[[str, list[str]], Experiment]) -> typer.
         waiting_pairs: WaitingPairs = 32_768,
         grace: Grace = 60,
         replicas: Replicas = 0,
+        threads: Threads = None,
         gpus: Gpus = 0.0,
         ray_address: RayAddress = "",
         overrides: Overrides = [],  # noqa: B006  (typer copies it)
@@ -110,7 +117,8 @@ def serve_app(open_experiment: Callable[[str, list[str]], Experiment]) -> typer.
         if replicas:
             from distill.teacher_service.on_ray import OnRay
 
-            placed = OnRay(replicas, gpus=gpus, address=ray_address)
+            threads = threads or (1 if ray_address else max(1, cores() // replicas))
+            placed = OnRay(replicas, threads=threads, gpus=gpus, address=ray_address)
             opened = partial(_opened, open_experiment, recipe, overrides)
             serve_replicas(opened, placed, settings, host=host, port=port, token_file=token_file, grace_s=grace)
             return

@@ -7,18 +7,22 @@ ends it at once.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
+import threading
 import time
+from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
 
 log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PAUSE_S = 1.0  # a signal that comes again within it is the same request
 
@@ -110,3 +114,25 @@ def heed(number: int = 0) -> None:
     """Raise ``Stopped`` if a signal waits, here or as ``number`` elsewhere: what was in hand is kept by now."""
     if _ear.told or number:
         raise Stopped(_ear.told or number)
+
+
+def in_thread_of_its_own(work: Callable[[], Result]) -> Result:
+    """What ``work`` gives, made in a thread that ends; what ends the caller meanwhile ends the work, too."""
+    outcome: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:  # noqa: BLE001  (the caller raises it)
+            outcome.set_exception(error)
+
+    thread = threading.Thread(target=run, name="own-work", daemon=True)
+    try:
+        with finishing():  # begun or not, but never in between
+            thread.start()
+        return outcome.result()
+    except BaseException:
+        while thread.is_alive():  # again and again: what it calls may take an exception for its own
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+            thread.join(1.0)
+        raise

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,3 +131,35 @@ def test_lines_of_the_log_do_not_depend_on_where_a_training_died(tmp_path: Path)
     run(tmp_path / "cut", student=NoisyStudent(seed=5), settings=settings)
     assert untimed(tmp_path / "cut") == untimed(tmp_path / "whole")
     assert [line["step"] for line in lines(tmp_path / "cut")] == [5, 10]
+
+
+def test_what_ends_the_caller_ends_the_work_of_a_thread_of_its_own():
+    begun, ended = threading.Event(), []
+
+    def work() -> None:
+        try:
+            begun.set()
+            while True:
+                time.sleep(0.01)
+        finally:
+            ended.append(threading.current_thread())
+
+    def tell() -> None:
+        begun.wait(30)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    teller = threading.Thread(target=tell)
+    teller.start()
+    began = time.monotonic()
+    with pytest.raises(stopping.Stopped), stopping.listening():
+        stopping.in_thread_of_its_own(work)
+    teller.join()
+    assert time.monotonic() - began < 10
+    assert len(ended) == 1
+    assert not ended[0].is_alive()
+
+
+def test_what_the_work_of_a_thread_of_its_own_gives_or_raises_is_the_callers():
+    assert stopping.in_thread_of_its_own(threading.current_thread) is not threading.current_thread()
+    with pytest.raises(ZeroDivisionError):
+        stopping.in_thread_of_its_own(lambda: 1 / 0)

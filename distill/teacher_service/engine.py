@@ -306,16 +306,18 @@ class Engine:
     # --- the second thread --------------------------------------------------------------------------------------------
 
     def _score_packs(self) -> None:
-        with evaluating(self.teacher):
-            while (pack := self._next()) is not None:
-                began = time.perf_counter()
-                pairs = [job for job in pack if isinstance(job.prepared, Pairs)]
-                self._answer(pairs)
-                for job in pack:
-                    if not isinstance(job.prepared, Pairs):
-                        self._run(job)
-                self._note(sum(job.weight for job in pairs), time.perf_counter() - began)
-        self._known.flush()
+        try:
+            with evaluating(self.teacher):
+                while (pack := self._next()) is not None:
+                    began = time.perf_counter()
+                    pairs = [job for job in pack if isinstance(job.prepared, Pairs)]
+                    self._answer(pairs)
+                    for job in pack:
+                        if not isinstance(job.prepared, Pairs):
+                            self._run(job)
+                    self._note(sum(job.weight for job in pairs), time.perf_counter() - began)
+        finally:
+            self._known.flush()
 
     def _next(self) -> list[_Job] | None:
         with self._state:

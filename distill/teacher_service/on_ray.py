@@ -94,7 +94,7 @@ def replicas(
         front: where they are asked, and by whom.
 
     Raises:
-        ServingError: a replica cannot be started.
+        ServingError: a replica cannot be started, or Serve is in use on that cluster.
         MissingRayError: Ray Serve is not installed.
     """
     serve = serve_module(placed.address)
@@ -104,6 +104,8 @@ def replicas(
 
     actor = {"num_cpus": placed.threads, "num_gpus": placed.gpus or None}
     with cluster(importlib.import_module("ray"), placed.address):
+        if placed.address:
+            _check_unused(serve.status(), placed.address)
         try:
             serve.start(
                 proxy_location="EveryNode" if placed.address else "HeadOnly",
@@ -124,6 +126,16 @@ def replicas(
             yield
         finally:
             serve.shutdown()
+
+
+def _check_unused(status: Any, address: str) -> None:
+    """Refuse a cluster where Serve runs: it keeps its own address, and ending this service would end all others."""
+    if status.applications or status.proxies:
+        names = ", ".join(status.applications) or "none yet"
+        raise ServingError(
+            f"Ray Serve runs on the cluster {address} already (applications: {names}): end it with serve shutdown, or "
+            "give another cluster; distill serve teacher --replicas has Serve for itself while it runs"
+        )
 
 
 def replica_app(x: Experiment, settings: EngineSettings, limits: Limits, front: Front) -> Any:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from distill.protocols import SIDES
 from distill.serving.app import distribution_version
 from distill.serving.opening import ServingError, check_teacher
+from distill.stopping import in_thread_of_its_own
 from distill.teacher_service.engine import Engine
 from distill.teacher_service.items import Items
 from distill.teacher_service.schemas import CorpusInfo, Info, LimitsInfo
@@ -37,10 +37,9 @@ def open_engine(
         ServingError: the teacher is not yet taught, is several, or is itself a service.
     """
     check_served(x)
-    # In a thread that ends: every thread that has computed keeps OpenMP workers while it lives. Beside those of the
-    # engine's own thread there would be more of them than cores, and all would sleep between any two operations.
-    with ThreadPoolExecutor(1, thread_name_prefix="opening") as opening:
-        return opening.submit(_opened, x, settings, limits, say).result()
+    # A thread that has computed keeps OpenMP workers while it lives. Were this one to load the models, there would be
+    # more workers than cores beside those of the engine's own thread, and all would sleep between any two operations.
+    return in_thread_of_its_own(lambda: _opened(x, settings, limits, say))
 
 
 def _opened(

@@ -324,6 +324,19 @@ def test_an_engine_whose_thread_ends_says_so_to_whoever_waits(monkeypatch):
             engine.score(pairs(CORPUS, [0], [0]), later())
 
 
+def test_a_device_that_fails_takes_no_score_that_was_answered(tmp_path, monkeypatch):
+    def fails(*_):
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    teacher = ToyTeacher()
+    with engine_of(teacher, CORPUS, tmp_path) as engine:
+        engine.score(pairs(CORPUS, [3], [4]), later()).result(SOON)
+        monkeypatch.setattr(teacher, "score", fails)
+        with pytest.raises(EndedError):
+            engine.score(pairs(CORPUS, [0], [0]), later()).result(SOON)
+    assert store_of(teacher, CORPUS, tmp_path).missing([3, 0], [4, 0]).tolist() == [False, True]
+
+
 @pytest.mark.parametrize("asked", ["scores", "vectors"])
 def test_a_device_that_fails_ends_the_engine_since_it_fails_whatever_is_asked(monkeypatch, asked):
     def fails(*_):

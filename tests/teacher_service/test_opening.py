@@ -1,9 +1,15 @@
-"""From a recipe's experiment to a running engine."""
+"""From a recipe's experiment to a running engine, here or on a cluster."""
 
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
+from types import SimpleNamespace
 
+import pytest
+
+from distill.serving.opening import ServingError
+from distill.teacher_service import on_ray
 from distill.teacher_service.engine import EngineSettings
 from distill.teacher_service.opening import open_engine
 from distill.wire import Limits
@@ -17,3 +23,17 @@ def test_no_thread_but_the_engines_own_has_computed_once_it_is_open(tmp_path):
     assert info.identity == x.teacher.identity
     assert threads
     assert not any(thread.is_alive() for thread in threads), "it keeps OpenMP workers while it lives"
+
+
+def test_a_cluster_where_serve_runs_is_left_as_it_is(monkeypatch):
+    running = SimpleNamespace(applications={"somebody's": None}, proxies={"node": None})
+    serve = SimpleNamespace(status=lambda: running)  # anything else would be an AttributeError
+    monkeypatch.setattr(on_ray, "serve_module", lambda address: serve)
+    monkeypatch.setattr(on_ray, "cluster", lambda ray, address: nullcontext())
+    monkeypatch.setattr(on_ray.importlib, "import_module", lambda name: None)
+    placed, front = on_ray.OnRay(2, address="auto"), on_ray.Front("127.0.0.1", 8000, None, ("*",), 5)
+    with (
+        pytest.raises(ServingError, match=r"runs on the cluster auto already \(applications: somebody's\)"),
+        on_ray.replicas(lambda: None, placed, EngineSettings(), Limits(), front),
+    ):
+        pytest.fail("nothing is to be served there")
