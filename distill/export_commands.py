@@ -82,6 +82,7 @@ def export_command(opened: Callable[[Path], Experiment]) -> Callable[..., None]:
         name = arm or list(x.recipe.arms)[-1]
         folder = to or x.folder / "arms" / name / "export"
         if check:
+            settings = replace(settings, gates=_gates(gate, exporting.gates_of(folder)))
             found = [one.as_dict() for one in exporting.check_export(x, name, folder, settings)]
             failed = [one for one in found if not one["passed"]]
         else:
@@ -99,6 +100,7 @@ def export_command(opened: Callable[[Path], Experiment]) -> Callable[..., None]:
 
 
 def _settings(more: list[str], less: list[str], gates: list[str]) -> ExportSettings:
+    from distill.export.proof import GATES
     from distill.export.write import ARTEFACTS, BY_DEFAULT
     from distill.exporting import ExportSettings
 
@@ -111,13 +113,13 @@ def _settings(more: list[str], less: list[str], gates: list[str]) -> ExportSetti
         wanted -= {"sentence-transformers"}  # it reads the same weights
     if not wanted:
         raise typer.BadParameter("nothing would be left to export", param_hint="--without")
-    return ExportSettings(artefacts=frozenset(wanted), gates=_gates(gates))
+    return ExportSettings(artefacts=frozenset(wanted), gates=_gates(gates, GATES))
 
 
-def _gates(given: list[str]) -> Mapping[Precision, Gate]:
-    from distill.export.proof import GATES, Gate
+def _gates(given: list[str], usual: Mapping[Precision, Gate]) -> Mapping[Precision, Gate]:
+    from distill.export.proof import Gate
 
-    found = dict(GATES)
+    found = dict(usual)
     names = [field.name for field in fields(Gate)]
     for one in given:
         key, _, value = one.partition("=")

@@ -195,6 +195,15 @@ def _hashes(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def gates_of(folder: Path) -> Mapping[Precision, Gate]:
+    """Gates that an exported folder was judged by.
+
+    Raises:
+        NotAnExportError: not an exported folder.
+    """
+    return {**GATES, **{name: Gate(**gate) for name, gate in read_report(folder).get("gates", {}).items()}}
+
+
 def check_export(x: Experiment, arm: str, folder: Path, settings: ExportSettings) -> list[Artefact]:
     """Prove a folder anew, as it is now, against the run's student; nothing in it is changed.
 

@@ -25,7 +25,8 @@ from distill.export.layout import NotAnExportError, onnx_file, read_report
 from distill.export.proof import GATES, Gate
 from distill.export.runtime import OnnxStudent
 from distill.export.write import NothingPassedError
-from distill.exporting import ExportError, ExportSettings, check_export, export
+from distill.export_commands import _gates
+from distill.exporting import ExportError, ExportSettings, check_export, export, gates_of
 
 LENIENT = {**GATES, "fp16": Gate(0.999, 10.0)}  # random weights: near-ties turn over
 QUICK = ExportSettings(frozenset({"transformers", "onnx"}), seconds=0)
@@ -62,6 +63,15 @@ def copy(run, tmp_path, tmp_path_factory):
 def failed(x: Experiment, folder: Path) -> set[tuple[str, str | None]]:
     found = check_export(x, "plain", folder, ExportSettings(gates=GATES, images=30))
     return {(one.name, one.side) for one in found if one.faults}
+
+
+def test_a_folder_is_checked_by_the_gates_it_was_exported_with(run, copy):
+    assert gates_of(copy) == GATES
+    report = read_report(copy)
+    report["gates"]["fp32"]["recall"] = 0.5
+    (copy / "export_report.json").write_text(json.dumps(report))
+    assert gates_of(copy) == {**GATES, "fp32": Gate(0.9999, 0.5)}
+    assert _gates(["fp32.cosine=0.5"], gates_of(copy))["fp32"] == Gate(0.5, 0.5)
 
 
 @pytest.mark.parametrize("run", ["clip", pytest.param("flickr", marks=pytest.mark.slow)], indirect=True)
