@@ -29,13 +29,23 @@ DriverOption = Annotated[
     DriverChoice, typer.Option("--driver", help="ranks: this process, or those of accelerate launch")
 ]
 Workers = Annotated[
-    str, typer.Option("--workers", metavar="N", help="processes, array tasks or actors; ray takes LEAST:MOST too")
+    str,
+    typer.Option(
+        "--workers", metavar="N", help="processes, array tasks or actors, 2 when absent; ray takes LEAST:MOST too"
+    ),
 ]
 Gpus = Annotated[
     float | None,
     typer.Option("--gpus-per-worker", min=0, help="ray and local: may be part of one; local shares out what there is"),
 ]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="cores of each worker; shared out when absent")]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        help="cores of each worker; when absent this machine's are shared out, on a cluster each has 1",
+    ),
+]
 Address = Annotated[str, typer.Option("--address", help="of a Ray cluster; one on this machine when absent")]
 RowsPerUnit = Annotated[  # a unit's file counts its numbers in 32 bits
     int, typer.Option("--rows-per-unit", min=1, max=1 << 18, help="what a kill can lose")
@@ -58,7 +68,7 @@ def score_command(opening: Opening) -> Callable[..., None]:
     def score(
         recipe: RecipeName,
         driver: DriverOption = "ranks",
-        workers: Workers = "2",
+        workers: Workers = "",
         gpus: Gpus = None,
         threads: Threads = None,
         address: Address = "",
@@ -121,7 +131,7 @@ def embed_command(opening: Opening) -> Callable[..., None]:
         rows_per_unit: RowsPerUnit = 8192,
         index: Annotated[str, typer.Option("--index", metavar="FACTORY", help="FAISS indexes too: Flat, ...")] = "",
         driver: DriverOption = "ranks",
-        workers: Workers = "2",
+        workers: Workers = "",
         gpus: Gpus = None,
         threads: Threads = None,
         address: Address = "",
@@ -150,7 +160,7 @@ def embed_command(opening: Opening) -> Callable[..., None]:
 def embedded(x: Experiment, wanted: Wanted, driver: Driver | None, *, index: str = "") -> None:
     """Have vectors computed and joined; says where they are."""
     from distill.drivers.driver import Task, drive
-    from distill.drivers.embedding import Embedder, EmbedJob, join_all, plan_vectors, units_of
+    from distill.drivers.embedding import Embedder, EmbedJob, join_all, plan_vectors, rows_of, units_of
     from distill.drivers.plan import Plan
     from distill.drivers.ranks import RanksDriver
 
@@ -171,23 +181,31 @@ def embedded(x: Experiment, wanted: Wanted, driver: Driver | None, *, index: str
     for side, features in join_all(plan).items():
         typer.echo(f"{side}s: {len(features)} vectors in {features.folder}")
         if index:
-            _write_index(features, wanted.to / f"index-{side}s", index)
+            _write_index(features, rows_of(plan, side), wanted.to / f"index-{side}s", index)
 
 
-def _write_index(features: Any, folder: Path, factory: str) -> None:
+def _write_index(features: Any, rows: Ids, folder: Path, factory: str) -> None:
+    """Of these rows: the folder of the vectors may hold more."""
     from distill.index import VectorIndex
 
-    made = VectorIndex.build(features.get(features.rows)["vectors"].numpy(), features.rows, factory=factory)
+    made = VectorIndex.build(features.get(rows)["vectors"].numpy(), rows, factory=factory)
     made.save(folder)
-    typer.echo(f"index {factory}: {folder}")
+    typer.echo(f"index {factory} of {len(rows)} vectors: {folder}")
 
 
 def driver_of(name: str, workers: str, *, gpus: float | None, threads: int | None, address: str) -> Driver | None:
     """The driver of these options; None = this process, or its ranks. Refuses what does not go together."""
-    least, most = _range(workers)
+    least, most = _range(workers or "2")
     if address and name != "ray":
         raise typer.BadParameter(f"only --driver ray has an address; this is {name}", param_hint="--address")
     if name == "ranks":
+        given = {"--workers": bool(workers), "--gpus-per-worker": gpus is not None, "--threads": threads is not None}
+        if ignored := [option for option, was in given.items() if was]:
+            raise typer.BadParameter(
+                "without --driver the work is done by this process, or by those of accelerate launch: give --driver "
+                "local for others",
+                param_hint=", ".join(ignored),
+            )
         return None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise typer.BadParameter(

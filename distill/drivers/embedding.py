@@ -159,6 +159,11 @@ def units_of(plan: Plan) -> VectorUnits:
     return VectorUnits(Path(plan.options["to"]) / "units", plan.identity)
 
 
+def rows_of(plan: Plan, side: Side) -> Ids:
+    """Rows of a side that were wanted, ascending."""
+    return np.sort(plan.arrays[_ARRAYS[side]])
+
+
 def join_all(plan: Plan) -> dict[Side, Features]:
     """The feature folders ``images`` and ``texts`` of a plan whose units are all there.
 

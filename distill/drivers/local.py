@@ -216,10 +216,11 @@ def command(plan: Path, number: str) -> list[str]:
 
 
 def environment(number: int, *, threads: int, gpus: float | None) -> dict[str, str]:
-    """For worker ``number``: its share of the threads, and of the GPUs that this process sees."""
+    """For worker ``number``: its share of the threads, and of the GPUs that this process sees; ``gpus`` 0: none."""
     found = {**without_launcher(), "OMP_NUM_THREADS": str(threads)}
-    visible = visible_gpus()
-    if visible and gpus != 0:
+    if gpus == 0:
+        return {**found, "CUDA_VISIBLE_DEVICES": ""}
+    if visible := visible_gpus():
         each = 1.0 if gpus is None else gpus
         first = int(number * each)
         found["CUDA_VISIBLE_DEVICES"] = ",".join(

@@ -101,6 +101,15 @@ def test_a_split_and_a_side_alone(tmp_path, whole):
     assert not (tmp_path / "vectors" / "images").exists()
 
 
+def test_an_index_holds_what_was_asked_for_although_more_is_there(tmp_path):
+    x = trained(tmp_path)
+    embedded(x, Wanted(tmp_path / "vectors", "plain"), None)
+    embedded(x, Wanted(tmp_path / "vectors", "plain", split="test"), None, index="Flat")
+    for side, rows in (("image", x.corpus.split("test").images), ("text", x.corpus.split("test").texts)):
+        index = VectorIndex.load(tmp_path / "vectors" / f"index-{side}s")
+        assert sorted(index.ids.tolist()) == sorted(rows.tolist())
+
+
 def test_the_tasks_of_an_array_embed_too(tmp_path, whole):
     x = trained(tmp_path)
     wanted = Wanted(tmp_path / "vectors", "plain", rows_per_unit=40)
@@ -185,6 +194,7 @@ def test_an_untrained_arm_is_refused(tmp_path):
         (["embed", "quickstart", "--to", "x", "--teacher", "--arm", "plain"], "give one of both"),
         (["score", "quickstart", "--driver", "local", "--address", "auto"], "only --driver ray has an address"),
         (["score", "quickstart", "--driver", "ray", "--workers", "3:2"], "LEAST:MOST"),
+        (["score", "quickstart", "--workers", "8", "--threads", "2"], "--workers, --threads: without --driver"),
         (["score", "quickstart", "--driver", "local", "--workers", "1:2"], "not from 1 to 2"),
         (["score", "quickstart", "--driver", "slurm", "--gpus-per-worker", "0.5"], "a Slurm task has whole GPUs"),
     ],
@@ -201,7 +211,7 @@ def test_a_driver_under_a_launcher_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(typer.BadParameter, match="a launcher started this one"):
         driver_of("local", "2", gpus=None, threads=None, address="")
-    assert driver_of("ranks", "2", gpus=None, threads=None, address="") is None
+    assert driver_of("ranks", "", gpus=None, threads=None, address="") is None
 
 
 def test_a_task_lists_what_is_left(tmp_path):

@@ -115,6 +115,7 @@ def test_gpus_and_threads_are_shared_out(monkeypatch):
     halves = [environment(number, threads=1, gpus=0.5)["CUDA_VISIBLE_DEVICES"] for number in range(4)]
     assert halves == ["2", "2", "3", "3"]
     assert environment(1, threads=1, gpus=2)["CUDA_VISIBLE_DEVICES"] == "5,2"
+    assert environment(1, threads=1, gpus=0)["CUDA_VISIBLE_DEVICES"] == ""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert environment(0, threads=1, gpus=None)["CUDA_VISIBLE_DEVICES"] == ""
 
