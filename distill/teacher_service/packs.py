@@ -48,6 +48,7 @@ class KnownScores:
     def __init__(self, store: ScoreStore | None, *, pairs_per_unit: int, remembered: int) -> None:
         """``pairs_per_unit`` go into one file of the store; ``remembered`` pairs without rows are kept in memory."""
         self._store, self._per_unit, self._most = store, pairs_per_unit, remembered
+        self._changed = 0  # when the store's folder was, at the last look
         self._waiting: dict[tuple[int, int], float] = {}  # (image row, text row), for the store
         self._remembered: OrderedDict[tuple[str, str], float] = OrderedDict()
 
@@ -57,7 +58,7 @@ class KnownScores:
         stored = np.array([self._has_rows(*pair) for pair in pairs], np.bool_)
         if self._store is not None and stored.any():
             rows = np.array([(image.row, text.row) for image, text in pairs], np.int64)[stored]
-            found[stored] = self._store.lookup(rows[:, 0], rows[:, 1])
+            found[stored] = self._stored(self._store, rows[:, 0], rows[:, 1])
         for place in np.flatnonzero(np.isnan(found)).tolist():
             image, text = pairs[place]
             if stored[place]:
@@ -95,6 +96,15 @@ class KnownScores:
                 self._waiting.clear()
             return
         self._waiting.clear()
+
+    def _stored(self, store: ScoreStore, images: Ids, texts: Ids) -> Numbers:
+        """The store's scores; those that another process has written meanwhile are seen before any is asked for."""
+        found = store.lookup(images, texts)
+        if np.isnan(found).any() and (changed := store.folder.stat().st_mtime_ns) != self._changed:
+            self._changed = changed
+            store.refresh()
+            found = store.lookup(images, texts)
+        return found
 
     def _has_rows(self, image: Item, text: Item) -> bool:
         return self._store is not None and image.row >= 0 and text.row >= 0

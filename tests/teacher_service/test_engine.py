@@ -324,6 +324,16 @@ def test_an_engine_whose_thread_ends_says_so_to_whoever_waits(monkeypatch):
             engine.score(pairs(CORPUS, [0], [0]), later())
 
 
+def test_two_services_on_one_store_do_not_ask_for_what_the_other_has_kept(tmp_path):
+    one, other = ToyTeacher(), ToyTeacher()
+    with engine_of(one, CORPUS, tmp_path, pairs_per_unit=8) as first, engine_of(other, CORPUS, tmp_path) as second:
+        asked = pairs(CORPUS, range(8), range(8))
+        assert second.score(pairs(CORPUS, [9], [9]), later()).result(SOON).asked == 1
+        assert first.score(asked, later()).result(SOON).asked == 8
+        assert second.score(asked, later()).result(SOON).asked == 0
+    assert len(other.pairs) == 1
+
+
 def test_a_device_that_fails_takes_no_score_that_was_answered(tmp_path, monkeypatch):
     def fails(*_):
         raise torch.AcceleratorError("CUDA error: unspecified launch failure")
