@@ -56,7 +56,6 @@ def client(app: Any) -> TestClient:
 
 OPERATIONS = [("POST", "/score"), ("POST", "/embed"), ("GET", "/info"), ("GET", "/health"), ("GET", "/metrics")]
 CHECKS = [
-    schemathesis.checks.not_a_server_error,
     openapi.status_code_conformance,
     openapi.content_type_conformance,
     openapi.response_headers_conformance,
@@ -78,7 +77,9 @@ def fuzz_operation(app: Any, method: str, path: str, examples: int) -> set[int]:
         response = case.call()
         statuses.add(response.status_code)
         if response.status_code != 405:  # another method, which the description says nothing of
-            case.validate_response(response, checks=CHECKS)
+            late = response.status_code == 504  # what the client itself asks for by a deadline of next to nothing
+            no_fault = [] if late else [schemathesis.checks.not_a_server_error]
+            case.validate_response(response, checks=[*no_fault, *CHECKS])
 
     checked()
     return statuses
