@@ -28,7 +28,7 @@ from distill.checkup.sample import (
 from distill.checkup.separation import Values
 from distill.embed import NoContrastiveHeadError, embed, embed_with_teacher, live_source
 from distill.exact import similarity_rows
-from distill.inference import batches_of, device_of, evaluating, joined, prefetched, to_device
+from distill.inference import batches_of, device_of, evaluating, joined, prefetched, threads_of, to_device
 from distill.progress import Progress
 from distill.protocols import SIDES, Ids, Side
 
@@ -232,7 +232,7 @@ def ask(teacher: Any, corpus: Corpus, image_ids: Ids, text_ids: Ids) -> Values:
         batches = (text_source(batch) for batch in batches_of(texts, AT_ONCE["text"]))
         memory = joined([teacher.encode_texts(to_device(inputs, device)) for inputs in batches])
         parts = batches_of(np.arange(len(images)), AT_ONCE["image"])
-        prepared = prefetched(lambda rows: image_source(images[rows]), parts, threads=image_source.threads)
+        prepared = prefetched(lambda rows: image_source(images[rows]), parts, threads=threads_of(image_source))
         for rows, inputs in prepared:
             seen = teacher.encode_images(to_device(inputs, device))
             here = np.flatnonzero((image_rows >= rows[0]) & (image_rows <= rows[-1]))

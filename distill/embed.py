@@ -112,9 +112,9 @@ class DistantSource:
         return self.model.images_at_once if known else self.model.files_at_once
 
 
-def live_source(corpus: Corpus, side: Side, model: Preparing) -> LiveSource:
-    """The source that keeps nothing."""
-    return LiveSource(corpus, side, model)
+def live_source(corpus: Corpus, side: Side, model: Preparing) -> LiveSource | DistantSource:
+    """The source that keeps nothing: prepared items, or what a teacher elsewhere is sent (``Distant``)."""
+    return DistantSource(corpus, side, model) if isinstance(model, Distant) else LiveSource(corpus, side, model)
 
 
 def item_source(
@@ -143,7 +143,7 @@ def item_source(
         dtype: "float16" halves the bytes of a frozen tower's outputs, at half precision.
     """
     if isinstance(model, Distant):
-        return DistantSource(corpus, side, model)
+        return live_source(corpus, side, model)
     rows = np.arange(corpus.n_images if side == "image" else corpus.n_texts, dtype=np.int64)
     kept = keeping(corpus, side, model, items=len(rows), prepared_budget_bytes=prepared_budget_bytes, dtype=dtype)
     live = live_source(corpus, side, model)
@@ -391,6 +391,6 @@ def _check_vectors(vectors: Vectors, rows: Ids, label: str) -> None:
         )
 
 
-def _fits(live: LiveSource, items: int, budget_bytes: int) -> bool:
+def _fits(live: Callable[[Ids], Inputs], items: int, budget_bytes: int) -> bool:
     """Whether the prepared inputs of so many items would fit, judged by the first one."""
     return bool(items) and bytes_of(live(np.zeros(1, np.int64))) * items <= budget_bytes

@@ -41,7 +41,13 @@ Gates = Annotated[
     ),
 ]
 Images = Annotated[
-    int, typer.Option("--images", min=2, help="most pictures, with their captions, that artefacts are judged on")
+    int | None,
+    typer.Option(
+        "--images",
+        min=2,
+        help="most pictures, with their captions, that artefacts are judged on; when absent 1000, with --check as many "
+        "as at the export",
+    ),
 ]
 Seconds = Annotated[
     float, typer.Option("--seconds", min=0, help="for which each tower and batch size is timed; 0 leaves times out")
@@ -63,7 +69,7 @@ def export_command(opened: Callable[[Path], Experiment]) -> Callable[..., None]:
         less: Without = [],  # noqa: B006
         index: Index = "",
         gate: Gates = [],  # noqa: B006
-        images: Images = 1000,
+        images: Images = None,
         seconds: Seconds = 1.5,
         replace_it: Replace = False,
         check: Check = False,
@@ -76,13 +82,16 @@ def export_command(opened: Callable[[Path], Experiment]) -> Callable[..., None]:
         from distill import exporting
         from distill.report.export_page import show_proof
 
-        settings = replace(_settings(more, less, gate), images=images, index=index, seconds=seconds)
+        settings = replace(_settings(more, less, gate), index=index, seconds=seconds)
+        if images is not None:
+            settings = replace(settings, images=images)
         x = opened(run)
         x.use_cpu()
         name = arm or list(x.recipe.arms)[-1]
         folder = to or x.folder / "arms" / name / "export"
         if check:
-            settings = replace(settings, gates=_gates(gate, exporting.gates_of(folder)))
+            gates, known = exporting.judged_by(folder)
+            settings = replace(settings, gates=_gates(gate, gates), images=images or known)
             found = [one.as_dict() for one in exporting.check_export(x, name, folder, settings)]
             failed = [one for one in found if not one["passed"]]
         else:
@@ -128,7 +137,7 @@ def _gates(given: list[str], usual: Mapping[Precision, Gate]) -> Mapping[Precisi
             if precision not in found or what not in names:
                 raise ValueError
             number = float(value)
-            if math.isnan(number):  # compares with nothing, so that all would pass
+            if not math.isfinite(number):  # no number compares with NaN, and JSON has no infinity
                 raise ValueError
         except ValueError:
             allowed = ", ".join(f"{name}.{what}" for name, gate in found.items() for what in asdict(gate))

@@ -74,13 +74,15 @@ def export(x: Experiment, arm: str, to: Path, settings: ExportSettings, *, repla
     if to.parent.is_dir():
         sweep_temporaries(to.parent)  # of exports that were killed
     ids = sample_ids(x, settings.images)
-    check_room(student, to, settings.artefacts)
+    indexed_split = settings.index or x.recipe.evaluate.split
+    items = 0 if indexed_split == "none" else sum(map(len, _indexed_ids(x, indexed_split).values()))
+    check_room(student, to, settings.artefacts, vectors=items)
     sample = Sample.of(student, x.corpus, ids)
     origin = _origin(x, student, ids)
     with staged_folder(to) as folder:
         proof = Proof(folder, sample, settings.gates)
         write_artefacts(origin, proof, settings.artefacts)
-        indexed = _write_index(x, student, folder, settings.index or x.recipe.evaluate.split)
+        indexed = _write_index(x, student, folder, indexed_split)
         report = _report(x, arm, student, proof, indexed=indexed, settings=settings)
         _write_pages(x, arm, folder, report)
         _open_to_readers(folder)
@@ -195,13 +197,15 @@ def _hashes(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def gates_of(folder: Path) -> Mapping[Precision, Gate]:
-    """Gates that an exported folder was judged by.
+def judged_by(folder: Path) -> tuple[Mapping[Precision, Gate], int]:
+    """Gates that an exported folder was judged by, and how many pictures.
 
     Raises:
         NotAnExportError: not an exported folder.
     """
-    return {**GATES, **{name: Gate(**gate) for name, gate in read_report(folder).get("gates", {}).items()}}
+    report = read_report(folder)
+    gates = {name: Gate(**gate) for name, gate in report.get("gates", {}).items()}
+    return {**GATES, **gates}, report.get("sample", {}).get("images", ExportSettings.images)
 
 
 def check_export(x: Experiment, arm: str, folder: Path, settings: ExportSettings) -> list[Artefact]:

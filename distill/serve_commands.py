@@ -112,6 +112,12 @@ def serve_app(open_experiment: Callable[[str, list[str]], Experiment]) -> typer.
         from distill.teacher_service import NEEDED
         from distill.teacher_service.engine import EngineSettings
 
+        ignored = {"--threads": threads, "--gpus-per-replica": gpus, "--address": ray_address}
+        if not replicas and any(ignored.values()):
+            raise typer.BadParameter(
+                "goes with --replicas; without replicas OMP_NUM_THREADS sets the number of threads",
+                param_hint=", ".join(name for name, given in ignored.items() if given),
+            )
         check_installed(NEEDED)
         settings = EngineSettings(image_memory_bytes=int(image_memory * 2**30), waiting_pairs=waiting_pairs)
         if replicas:
@@ -180,7 +186,8 @@ def serve_replicas(
     with bound_socket(host, port, token=token is not None) as bound:  # Ray's proxies bind it themselves
         address, port = address_of(bound, host), bound.getsockname()[1]
     front = Front(host, port, token, allowed_hosts(host, token=token is not None), grace_s)
-    with heard_by(lambda *_: told.set()), replicas(opened, placed, settings, Limits(), front):
+    # a signal ends the loading where it stands; later it is waited for
+    with replicas(opened, placed, settings, Limits(), front), heard_by(lambda *_: told.set()):
         typer.echo(f"serving the teacher at {address} with {placed.replicas} replicas (Ctrl+C ends it)")
         told.wait()
     typer.echo("ended", err=True)

@@ -79,10 +79,14 @@ def merge(items: Items, queries: Queries, k: K, out: Out, factory: Factory = "Fl
     from distill.shard_search import merge as merged
 
     wanted = ShardSearch(items, queries, k, out, factory, nprobe)
+    written = set()
     for number, (query_ids, similarity, ids) in enumerate(merged(wanted)):
         path = out / f"neighbours-{number:05d}.npz"
         write_atomically(path, partial(np.savez, query_ids=query_ids, similarity=similarity, ids=ids))
+        written.add(path)
         typer.echo(f"{path}: {len(query_ids)} queries, {k} items each")
+    for path in set(out.glob("neighbours-*.npz")) - written:  # of an earlier search, which had more queries
+        path.unlink()
 
 
 def _array(path: Path) -> Any:

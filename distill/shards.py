@@ -88,7 +88,7 @@ class Shards:
         Raises:
             BadShardsError: a shard is not what was written.
         """
-        wanted = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows, np.int64)
+        wanted = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else np.asarray(rows, np.int64)
         flat = wanted.reshape(-1)
         if len(flat) and not (flat.min() >= 0 and flat.max() < len(self)):
             raise IndexError(f"rows must be from 0 to {len(self) - 1}, got {flat.min()} to {flat.max()}")

@@ -356,6 +356,7 @@ def test_the_commands_cut_search_in_parts_and_merge(tmp_path: Path, monkeypatch:
         done = runner.invoke(app, ["search", *what, "--part", part, "--device", "cpu"])
         assert done.exit_code == 0, done.output
     assert "0 of 12 are missing" in done.output
+    (tmp_path / "out" / "neighbours-00009.npz").write_text("of a search that had more queries")
     done = runner.invoke(app, ["merge", *what])
     assert done.exit_code == 0, done.output
     found = [np.load(path) for path in sorted((tmp_path / "out").glob("neighbours-*.npz"))]

@@ -93,7 +93,7 @@ class RayDriver:
             DriverError: an actor says why the work cannot go on, or died too often.
         """
         with cluster(self._ray, self.address):  # a signal drops what is in hand: Ray may be waiting for a machine
-            self._check_room()
+            check_room(self._ray, self.least, "workers", threads=self.threads, gpus=self.gpus, address=self.address)
             try:
                 for number in self._numbers(task):
                     done(number)
@@ -124,16 +124,21 @@ class RayDriver:
                         raise DriverError(f"{failed}\nUnits that are done are kept; the same command goes on")
                     yield int(number)
 
-    def _check_room(self) -> None:
-        """Ray waits without end for what a cluster does not have."""
-        there = self._ray.cluster_resources()
-        for name, each in (("CPU", float(self.threads)), ("GPU", self.gpus)):
-            have = float(there.get(name, 0.0))
-            if each * self.least > have:
-                said = f"{self.least} workers with {each:g} {name} each do not fit the Ray cluster, which has {have:g}"
-                if not self.address:
-                    raise DriverError(f"{said}: take fewer workers, or less for each")
-                log.warning("%s as it is now: the work waits for it to grow", said)
+
+def check_room(ray: Any, count: int, what: str, *, threads: int, gpus: float, address: str) -> None:
+    """Ray waits without end for what a cluster does not have: one of this machine, which cannot grow, is refused.
+
+    Raises:
+        DriverError: ``count`` of ``what`` with so many cores and GPUs each do not fit.
+    """
+    there = ray.cluster_resources()
+    for name, each in (("CPU", float(threads)), ("GPU", gpus)):
+        have = float(there.get(name, 0.0))
+        if each * count > have:
+            said = f"{count} {what} with {each:g} {name} each do not fit the Ray cluster, which has {have:g}"
+            if not address:
+                raise DriverError(f"{said}: take fewer {what}, or less for each")
+            log.warning("%s as it is now: they wait for it to grow", said)
 
 
 @contextmanager

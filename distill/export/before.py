@@ -67,14 +67,17 @@ def check_target(to: Path, *, replace: bool) -> None:
         )
 
 
-def check_room(student: Any, to: Path, artefacts: frozenset[str]) -> None:
+def check_room(student: Any, to: Path, artefacts: frozenset[str], *, vectors: int) -> None:
     """Refuse a device that has no room for what is written, or a folder that this user may not write to.
+
+    ``vectors``: of items, which are written three times: as a FAISS index, as an array and as Parquet.
 
     Raises:
         ExportError: with the sizes.
     """
     weights = sum(tensor.numel() * 4 for tensor in student.state_dict().values())
-    needed = _SPARE + sum(int(weights * _TIMES_WEIGHTS.get(name, 0)) for name in artefacts)
+    written = sum(int(weights * _TIMES_WEIGHTS.get(name, 0)) for name in artefacts)
+    needed = _SPARE + written + 3 * 4 * student.dim * vectors
     there = next(folder for folder in to.absolute().parents if folder.is_dir())
     if not os.access(there, os.W_OK | os.X_OK):
         raise ExportError(f"{to} cannot be made: {there} is not writable; choose another --to")
@@ -82,7 +85,7 @@ def check_room(student: Any, to: Path, artefacts: frozenset[str]) -> None:
     if free < needed:
         raise ExportError(
             f"{to} needs about {size_of(needed)} and {there} has {size_of(free)} free: make room, choose another --to, "
-            "or leave artefacts out with --without"
+            "or leave artefacts out with --without, vectors with --index none"
         )
 
 

@@ -48,7 +48,7 @@ def read_token(file: Path | None) -> str | None:
 
 
 def bound_socket(host: str, port: int, *, token: bool) -> socket.socket:
-    """A socket of the address, not listening yet, so that a port in use is known before models are loaded.
+    """A socket of the address, so that a port in use is known before models are loaded; who connects by then waits.
 
     Raises:
         ServingError: in use, no such address, or other machines could ask without a token.

@@ -346,17 +346,15 @@ class Engine:
     def _answer(self, jobs: list[_Job]) -> None:
         """Score jobs together; where that fails, each by itself, so that one cannot spoil the others.
 
-        A fault of the device is raised: it stays until the process ends, whatever is asked.
+        Where the device has failed for good, the error is raised.
         """
-        import torch
-
         if not jobs:
             return
         try:
             found = self._scored([job.prepared for job in jobs])
-        except torch.AcceleratorError:
-            raise
         except Exception as error:
+            if self._is_lost(error):
+                raise
             if len(jobs) == 1:
                 if not isinstance(error, RefusedError | DataError):
                     log.exception("pairs could not be scored")
@@ -414,18 +412,22 @@ class Engine:
         return vectors
 
     def _run(self, job: _Job) -> None:
-        import torch
-
         try:
             _settle(job.future, job.prepared())
             self.counts.embedded += job.weight
-        except torch.AcceleratorError:
-            raise
         except NoContrastiveHeadError as error:
             _settle(job.future, error=RefusedError(422, str(error)))
         except Exception as error:
+            if self._is_lost(error):
+                raise
             log.exception("items could not be embedded")
             _settle(job.future, error=error)
+
+    def _is_lost(self, error: Exception) -> bool:
+        """Whether the device computes nothing more in this process, as after an illegal access to its memory."""
+        import torch
+
+        return isinstance(error, torch.AcceleratorError) and not _computes(self._device)
 
     def _note(self, pairs: int, seconds: float) -> None:
         self.counts.seconds += seconds
@@ -443,6 +445,15 @@ class Engine:
                 self._state.notify_all()
             for job in list(self._open):
                 _settle(job.future, error=EndedError())
+
+
+def _computes(device: torch.device | None) -> bool:
+    import torch
+
+    try:
+        return bool(torch.ones(2, device=device).sum().item() == 2)
+    except RuntimeError:
+        return False
 
 
 def _nothing() -> None:

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from distill.drivers.on_ray import MissingRayError, cluster, environment, settle_own_cluster
+from distill.drivers.driver import DriverError
+from distill.drivers.on_ray import MissingRayError, check_room, cluster, environment, settle_own_cluster
 from distill.serving.opening import ServingError
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def replicas(
         front: where they are asked, and by whom.
 
     Raises:
-        ServingError: a replica cannot be started, or Serve is in use on that cluster.
+        ServingError: replicas do not fit or cannot be started, or Serve is in use on that cluster.
         MissingRayError: Ray Serve is not installed.
     """
     serve = serve_module(placed.address)
@@ -103,7 +104,9 @@ def replicas(
         return replica_app(open_experiment(), settings, limits, front)
 
     actor = {"num_cpus": placed.threads, "num_gpus": placed.gpus or None}
-    with cluster(importlib.import_module("ray"), placed.address):
+    ray = importlib.import_module("ray")
+    with cluster(ray, placed.address):
+        _check_room(ray, placed)
         if placed.address:
             _check_unused(serve.status(), placed.address)
         try:
@@ -126,6 +129,13 @@ def replicas(
             yield
         finally:
             serve.shutdown()
+
+
+def _check_room(ray: Any, placed: OnRay) -> None:
+    try:
+        check_room(ray, placed.replicas, "replicas", threads=placed.threads, gpus=placed.gpus, address=placed.address)
+    except DriverError as error:
+        raise ServingError(str(error)) from None
 
 
 def _check_unused(status: Any, address: str) -> None:

@@ -21,12 +21,13 @@ from onnx import numpy_helper
 from distill import exporting
 from distill.experiment import Experiment
 from distill.export import towers
+from distill.export.before import check_room
 from distill.export.layout import NotAnExportError, onnx_file, read_report
 from distill.export.proof import GATES, Gate
 from distill.export.runtime import OnnxStudent
 from distill.export.write import NothingPassedError
 from distill.export_commands import _gates
-from distill.exporting import ExportError, ExportSettings, check_export, export, gates_of
+from distill.exporting import ExportError, ExportSettings, check_export, export, judged_by
 
 LENIENT = {**GATES, "fp16": Gate(0.999, 10.0)}  # random weights: near-ties turn over
 QUICK = ExportSettings(frozenset({"transformers", "onnx"}), seconds=0)
@@ -65,13 +66,14 @@ def failed(x: Experiment, folder: Path) -> set[tuple[str, str | None]]:
     return {(one.name, one.side) for one in found if one.faults}
 
 
-def test_a_folder_is_checked_by_the_gates_it_was_exported_with(run, copy):
-    assert gates_of(copy) == GATES
+def test_a_folder_is_checked_by_the_gates_and_the_sample_it_was_exported_with(run, copy):
+    assert judged_by(copy) == (GATES, 30)
     report = read_report(copy)
     report["gates"]["fp32"]["recall"] = 0.5
     (copy / "export_report.json").write_text(json.dumps(report))
-    assert gates_of(copy) == {**GATES, "fp32": Gate(0.9999, 0.5)}
-    assert _gates(["fp32.cosine=0.5"], gates_of(copy))["fp32"] == Gate(0.5, 0.5)
+    gates, _ = judged_by(copy)
+    assert gates == {**GATES, "fp32": Gate(0.9999, 0.5)}
+    assert _gates(["fp32.cosine=0.5"], gates)["fp32"] == Gate(0.5, 0.5)
 
 
 @pytest.mark.parametrize("run", ["clip", pytest.param("flickr", marks=pytest.mark.slow)], indirect=True)
@@ -266,6 +268,12 @@ def test_no_room_is_known_before_the_work(scenes, tmp_path, monkeypatch):
         ExportError, match=r"out needs about .* MB and .* has 1.0 kB free: make room, choose another --to"
     ):
         export(scenes("clip"), "plain", tmp_path / "out", QUICK)
+    x = scenes("clip")
+    student = x.saved_student(x.folder / "arms" / "plain" / "student")
+    usage = usage._replace(free=1 << 30)
+    check_room(student, tmp_path / "out", QUICK.artefacts, vectors=1000)
+    with pytest.raises(ExportError, match=r"needs about .* GB .*vectors with --index none"):
+        check_room(student, tmp_path / "out", QUICK.artefacts, vectors=10_000_000)
 
 
 @pytest.mark.parametrize(
@@ -340,6 +348,7 @@ def test_a_disk_that_fills_up_leaves_nothing_and_says_so(scenes, tmp_path):
     [
         (["--gate", "int8.speed=1"], "'int8.speed=1' is no gate; give one of fp32.cosine, fp32.recall"),
         (["--gate", "fp32.cosine=nan"], "'fp32.cosine=nan' is no gate"),
+        (["--gate", "int8.recall=inf"], "'int8.recall=inf' is no gate"),
         (["--with", "coreml"], "'coreml' is none of transformers, sentence-transformers, onnx"),
         (["--index", "nowhere"], "there is no split 'nowhere' to index; --index takes train, val, test"),
     ],

@@ -195,7 +195,8 @@ def test_posts_from_other_sites_and_other_names_of_the_host_are_refused(
 ) -> None:
     client = serve(app={"hosts": ["localhost", "127.0.0.1"]})
     content = by_row(corpus, [0], [0])
-    for headers in ({"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}, {"Origin": "null"}):
+    odd = [{"Origin": origin} for origin in ("null", "http://[", "http://[x]", "")]
+    for headers in ({"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}, *odd):
         assert "another site" in told(client.post("/score", json=content, headers=headers), 403)
     for host in ("evil.example", "127.0.0.1.evil.example", "", "localhost.", "localhost@evil.example"):
         assert client.post("/score", json=content, headers={"Host": host}).status_code == 400

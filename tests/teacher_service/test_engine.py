@@ -334,14 +334,26 @@ def test_two_services_on_one_store_do_not_ask_for_what_the_other_has_kept(tmp_pa
     assert len(other.pairs) == 1
 
 
-def test_a_device_that_fails_takes_no_score_that_was_answered(tmp_path, monkeypatch):
-    def fails(*_):
-        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+def failing(*_):
+    raise torch.AcceleratorError("CUDA error: unspecified launch failure")
 
+
+def test_an_error_after_which_the_device_computes_on_costs_its_request_alone(monkeypatch):
+    teacher = ToyTeacher()
+    with engine_of(teacher, CORPUS) as engine:
+        with monkeypatch.context() as patched:
+            patched.setattr(teacher, "score", failing)
+            with pytest.raises(torch.AcceleratorError):
+                engine.score(pairs(CORPUS, [0], [0]), later()).result(SOON)
+        assert engine.score(pairs(CORPUS, [0], [0]), later()).result(SOON).asked == 1
+
+
+def test_a_device_that_fails_takes_no_score_that_was_answered(tmp_path, monkeypatch):
+    monkeypatch.setattr("distill.teacher_service.engine._computes", lambda device: False)
     teacher = ToyTeacher()
     with engine_of(teacher, CORPUS, tmp_path) as engine:
         engine.score(pairs(CORPUS, [3], [4]), later()).result(SOON)
-        monkeypatch.setattr(teacher, "score", fails)
+        monkeypatch.setattr(teacher, "score", failing)
         with pytest.raises(EndedError):
             engine.score(pairs(CORPUS, [0], [0]), later()).result(SOON)
     assert store_of(teacher, CORPUS, tmp_path).missing([3, 0], [4, 0]).tolist() == [False, True]
@@ -349,16 +361,14 @@ def test_a_device_that_fails_takes_no_score_that_was_answered(tmp_path, monkeypa
 
 @pytest.mark.parametrize("asked", ["scores", "vectors"])
 def test_a_device_that_fails_ends_the_engine_since_it_fails_whatever_is_asked(monkeypatch, asked):
-    def fails(*_):
-        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
-
+    monkeypatch.setattr("distill.teacher_service.engine._computes", lambda device: False)
     teacher = ToyTeacher()
     with engine_of(teacher, CORPUS) as engine:
         replica = Replica()
         replica.app = build_app(engine, info_of(teacher, CORPUS, Limits()), limits=Limits())
         replica.check_health()
-        monkeypatch.setattr(teacher, "score", fails)
-        monkeypatch.setattr(teacher, "embed", fails, raising=False)
+        monkeypatch.setattr(teacher, "score", failing)
+        monkeypatch.setattr(teacher, "embed", failing, raising=False)
         if asked == "scores":
             answer = engine.score(pairs(CORPUS, [0, 1], [0, 1]), later())
         else:

@@ -30,10 +30,27 @@ def test_a_cluster_where_serve_runs_is_left_as_it_is(monkeypatch):
     serve = SimpleNamespace(status=lambda: running)  # anything else would be an AttributeError
     monkeypatch.setattr(on_ray, "serve_module", lambda address: serve)
     monkeypatch.setattr(on_ray, "cluster", lambda ray, address: nullcontext())
-    monkeypatch.setattr(on_ray.importlib, "import_module", lambda name: None)
+    monkeypatch.setattr(on_ray.importlib, "import_module", lambda name: SimpleNamespace(cluster_resources=dict))
     placed, front = on_ray.OnRay(2, address="auto"), on_ray.Front("127.0.0.1", 8000, None, ("*",), 5)
     with (
         pytest.raises(ServingError, match=r"runs on the cluster auto already \(applications: somebody's\)"),
         on_ray.replicas(lambda: None, placed, EngineSettings(), Limits(), front),
     ):
         pytest.fail("nothing is to be served there")
+
+
+def test_replicas_that_do_not_fit_are_refused_and_not_waited_for(monkeypatch):
+    ray = SimpleNamespace(cluster_resources=lambda: {"CPU": 4.0})
+    monkeypatch.setattr(on_ray, "serve_module", lambda address: None)
+    monkeypatch.setattr(on_ray, "cluster", lambda ray, address: nullcontext())
+    monkeypatch.setattr(on_ray.importlib, "import_module", lambda name: ray)
+    front = on_ray.Front("127.0.0.1", 8000, None, ("*",), 5)
+    for placed, told in (
+        (on_ray.OnRay(2, threads=3), "2 replicas with 3 CPU each do not fit the Ray cluster, which has 4"),
+        (on_ray.OnRay(1, gpus=1), "1 replicas with 1 GPU each do not fit the Ray cluster, which has 0"),
+    ):
+        with (
+            pytest.raises(ServingError, match=told),
+            on_ray.replicas(lambda: None, placed, EngineSettings(), Limits(), front),
+        ):
+            pytest.fail("nothing is to be served there")

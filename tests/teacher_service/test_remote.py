@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 import torch
 
-from distill.embed import DistantSource, embed_with_teacher, item_source
+from distill.embed import DistantSource, embed_with_teacher, item_source, live_source
 from distill.protocols import Distant, Teacher
 from distill.score import score_pairs
 from distill.serving.rerank import Reranker
@@ -108,6 +108,11 @@ def test_pictures_that_are_no_files_go_without_loss(url, connect):
     texts = remote.encode_texts(remote.prepare_texts(["40 word", "3"]))
     found = remote.score(images, texts, torch.tensor([0, 1, 0]), torch.tensor([0, 0, 1]))
     np.testing.assert_array_equal(found, expected_scores(np.array([7, 2, 7]), np.array([40, 40, 3])))
+
+
+def test_a_source_that_keeps_nothing_sends_rows_too(url, connect):
+    source = live_source(CORPUS, "image", connect(url))
+    assert source(np.array([3, 1]))["row"].tolist() == [[3], [1]]
 
 
 def test_it_re_ranks(url, toy, connect):

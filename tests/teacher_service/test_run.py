@@ -237,6 +237,9 @@ def test_what_cannot_be_served_is_said_before_anything_is_loaded(tmp_path: Path)
     )
     assert abroad.returncode == 2
     assert "a token is needed" in abroad.stderr
+    alone = distill("serve", "teacher", "quickstart", "--threads", "2", folder=tmp_path)
+    assert alone.returncode == 2
+    assert "goes with --replicas" in alone.stderr
 
 
 def test_a_run_goes_on_with_the_teacher_that_it_began_with_wherever_that_is(tmp_path: Path) -> None:
