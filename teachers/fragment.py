@@ -27,7 +27,7 @@ from teachers.joined_teacher import JoinedTeacher
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 SCORING_VERSION = 1  # part of every identity; raise it when the same weights would give other scores
 
@@ -42,24 +42,13 @@ class FragmentTeacher(JoinedTeacher[FragmentDesign, FragmentOptions]):
     kind = "fragment_teacher"
     text: WordSide
 
-    def __init__(
-        self,
-        vision: PreTrainedModel,
-        text: PreTrainedModel,
-        image_processor: BaseImageProcessor,
-        tokenizer: PreTrainedTokenizerBase,
-        design: FragmentDesign | None = None,
-        options: FragmentOptions | None = None,
-    ) -> None:
-        """Join two backbones; the new parts start from torch's global generator. ValueError where they do not fit."""
-        super().__init__(vision, text, image_processor, tokenizer, design, options)
-        self.text = WordSide(text, tokenizer, self.design, self.options)
-        self.image = ImageSide(vision, image_processor, _image_design(self.design), width=self.design.fragment_dim)
+    def _build(self, vision: PreTrainedModel, text: PreTrainedModel) -> None:
+        self.text = WordSide(text, self.tokenizer, self.design, self.options)
+        self.image = ImageSide(vision, self.image_processor, _image_design(self.design), width=self.design.fragment_dim)
         self.cell_dropout = nn.Dropout(self.design.image_input_dropout)
         self.to(text.dtype)
         self.logit_scale = nn.Parameter(itm.first_log_scale())  # both stay float32
         self.log_pair_scale = nn.Parameter(itm.first_log_scale())
-        self.eval()
 
     @classmethod
     def design_from(cls, saved: Mapping[str, Any]) -> FragmentDesign:

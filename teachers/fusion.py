@@ -25,7 +25,7 @@ from teachers.joined_teacher import JoinedTeacher
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 SCORING_VERSION = 1  # part of every identity; raise it when the same weights would give other scores
 
@@ -41,26 +41,15 @@ class FusionTeacher(JoinedTeacher[FusionDesign, FusionOptions]):
     kind = "fusion_teacher"
     text: TextSide
 
-    def __init__(
-        self,
-        vision: PreTrainedModel,
-        text: PreTrainedModel,
-        image_processor: BaseImageProcessor,
-        tokenizer: PreTrainedTokenizerBase,
-        design: FusionDesign | None = None,
-        options: FusionOptions | None = None,
-    ) -> None:
-        """Join two backbones; the new parts start from torch's global generator. ValueError where they do not fit."""
-        super().__init__(vision, text, image_processor, tokenizer, design, options)
+    def _build(self, vision: PreTrainedModel, text: PreTrainedModel) -> None:
         width, heads, dropout = text.config.hidden_size, text.config.num_attention_heads, self.design.dropout
-        self.text = TextSide(text, tokenizer, self.design, self.options)
-        self.image = ImageSide(vision, image_processor, self.design, width=width)
+        self.text = TextSide(text, self.tokenizer, self.design, self.options)
+        self.image = ImageSide(vision, self.image_processor, self.design, width=width)
         self.cross = nn.ModuleList(CrossAttention(width, heads, dropout) for _ in range(self.design.fusion_layers))
         self.itm_head = MatchingHead(width, dropout)
         self.to(text.dtype)
         self.logit_scale = nn.Parameter(itm.first_log_scale())  # stays float32: it has no business in half precision
         _, self._feed_forward = layers.dense_blocks(compiled=self.options.compile)
-        self.eval()
 
     @classmethod
     def design_from(cls, saved: Mapping[str, Any]) -> FusionDesign:

@@ -54,10 +54,19 @@ class JoinedTeacher(Prepared, Generic[DesignT, OptionsT]):
         design: DesignT | None = None,
         options: OptionsT | None = None,
     ) -> None:
-        """Keep the parts that need no building; ``design`` and ``options`` are the usual ones unless given."""
+        """Join two backbones; the new parts start from torch's global generator. ValueError where they do not fit.
+
+        ``design`` and ``options`` are the usual ones unless given. In eval mode.
+        """
         super().__init__()
         self.image_processor, self.tokenizer = image_processor, tokenizer
         self.design, self.options = design or self.design_from({}), options or self.options_from({})
+        self._build(vision, text)
+        self.eval()
+
+    def _build(self, vision: PreTrainedModel, text: PreTrainedModel) -> None:
+        """Make ``image``, ``text``, ``logit_scale`` and what else there is of the backbones."""
+        raise NotImplementedError(f"{type(self).__name__} builds nothing")
 
     @classmethod
     def design_from(cls, saved: Mapping[str, Any]) -> DesignT:
