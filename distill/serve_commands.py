@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distill.cores import cores
-
 if TYPE_CHECKING:
     from distill.experiment import Experiment
     from distill.export.layout import Precision
@@ -121,9 +119,10 @@ def serve_app(open_experiment: Callable[[str, list[str]], Experiment]) -> typer.
         check_installed(NEEDED)
         settings = EngineSettings(image_memory_bytes=int(image_memory * 2**30), waiting_pairs=waiting_pairs)
         if replicas:
+            from distill.drivers.on_ray import threads_each
             from distill.teacher_service.on_ray import OnRay
 
-            threads = threads or (1 if ray_address else max(1, cores() // replicas))
+            threads = threads or threads_each(replicas, ray_address)
             placed = OnRay(replicas, threads=threads, gpus=gpus, address=ray_address)
             opened = partial(_opened, open_experiment, recipe, overrides)
             serve_replicas(opened, placed, settings, host=host, port=port, token_file=token_file, grace_s=grace)

@@ -81,7 +81,7 @@ class RayDriver:
     ) -> None:
         """``address`` of a cluster; empty: one on this machine, for the time of the work. Raises MissingRayError."""
         self.least, self.most, self.gpus, self.address = least, most, gpus or 0.0, address
-        self.threads = threads or (1 if address else max(1, cores() // most))
+        self.threads = threads or threads_each(most, address)
         if not address:
             settle_own_cluster()
         self._ray = ray_module()
@@ -123,6 +123,11 @@ class RayDriver:
                     if number < 0:
                         raise DriverError(f"{failed}\nUnits that are done are kept; the same command goes on")
                     yield int(number)
+
+
+def threads_each(count: int, address: str) -> int:
+    """Cores of each of ``count`` where nobody says: a share of this machine's, on a cluster 1."""
+    return 1 if address else max(1, cores() // count)
 
 
 def check_room(ray: Any, count: int, what: str, *, threads: int, gpus: float, address: str) -> None:

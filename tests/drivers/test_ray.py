@@ -53,8 +53,11 @@ def test_two_actors_make_the_units_of_one_process_though_one_is_killed(cluster, 
     (tmp_path / "slow").touch()
     x = experiment(tmp_path, seconds=SLOW_S)
     x.elsewhere = Asking(x, RayDriver(2, 2, threads=1))
-    both = lambda: len(workers_at_work(tmp_path)) == 2 and len(units(x)) >= 1  # noqa: E731
-    thread = once(both, lambda: kill_one_amid_a_call(tmp_path))
+
+    def both_work() -> bool:
+        return len(workers_at_work(tmp_path)) == 2 and len(units(x)) >= 1
+
+    thread = once(both_work, lambda: kill_one_amid_a_call(tmp_path))
     np.testing.assert_array_equal(x.ask(*pairs(x)), whole[0])
     thread.join()
     assert units(x) == whole[1]
